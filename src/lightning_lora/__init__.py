@@ -1,0 +1,54 @@
+"""LoRA and QLoRA fine-tuning for people who already train with Lightning: one callback, any LightningModule."""
+
+from lightning_lora.callback import LoRACallback
+from lightning_lora.config import AdapterConfig
+from lightning_lora.errors import (
+    AdapterMismatchError,
+    BaseMismatchError,
+    CheckpointError,
+    LightningLoRAError,
+    MergeError,
+    MissingDependencyError,
+    TargetNotFoundError,
+    UnsupportedSetupError,
+)
+from lightning_lora.injection import disable_adapters, inject_adapters, remove_adapters
+from lightning_lora.load import load_from_checkpoint
+from lightning_lora.lora import LoRAConfig
+from lightning_lora.merge import (
+    MergeConfig,
+    MergedLayer,
+    MergeReport,
+    OutputDifference,
+    merge_adapters,
+    unmerge_adapters,
+)
+from lightning_lora.report import InjectionReport, LayerRow
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterMismatchError",
+    "BaseMismatchError",
+    "CheckpointError",
+    "InjectionReport",
+    "LayerRow",
+    "LightningLoRAError",
+    "LoRACallback",
+    "LoRAConfig",
+    "MergeConfig",
+    "MergeError",
+    "MergeReport",
+    "MergedLayer",
+    "MissingDependencyError",
+    "OutputDifference",
+    "TargetNotFoundError",
+    "UnsupportedSetupError",
+    "disable_adapters",
+    "inject_adapters",
+    "load_from_checkpoint",
+    "merge_adapters",
+    "remove_adapters",
+    "unmerge_adapters",
+]

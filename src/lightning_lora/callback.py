@@ -1,0 +1,236 @@
+"""The callback: Trainer hooks, in the order in which the Trainer calls them, onto the functions of this package."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_lora.adapter import Adapter
+from lightning_lora.errors import UnsupportedSetupError
+from lightning_lora.fit_end import check_merge, merge_at_fit_end
+from lightning_lora.guards import check_still_frozen, check_trainer, explain, warn_of_eval_mode
+from lightning_lora.hooks import patch_checkpoints, patch_run, unpatch_run
+from lightning_lora.injection import extend_adapters
+from lightning_lora.layers import adapted_layers
+from lightning_lora.lora import LoRAConfig
+from lightning_lora.merge import MergeConfig, MergeReport, is_merged, unmerge_adapters
+from lightning_lora.optimizers import prune_frozen, require_matching_state, require_trainable
+from lightning_lora.record import find_record
+from lightning_lora.report import InjectionReport
+from lightning_lora.sample import SampleCall
+from lightning_lora.tracking import log_checkpoint_bytes, log_merge, log_run
+
+log = logging.getLogger(__name__)
+
+
+class LoRACallback(pl.Callback):
+    """Fine-tune any LightningModule with LoRA: the module and its optimizer code stay as they are.
+
+    The base is frozen, the layers that ``config`` means get adapters, every checkpoint holds only what was trained,
+    ``trainer.fit(ckpt_path=...)`` continues bitwise, ``validate``, ``test`` and ``predict`` work with and without
+    ``ckpt_path``, and at fit end the adapters are merged if asked.
+
+    Args:
+        config: What to adapt; default: every linear layer, rank 8.
+        merge_on_fit_end: Write merged weights after the training and make the module plain with them; a
+            :class:`~lightning_lora.MergeConfig` says how.
+        print_report: Print what was adapted when a fit begins.
+
+    Attributes:
+        report: What was adapted; set when a run has begun.
+        merge_report: Proof of the merge; set when a fit has ended.
+
+    Raises:
+        TargetNotFoundError: From a run, if nothing can be adapted as ``config`` says.
+        UnsupportedSetupError: From a run, if the Trainer, its callbacks or the module would make it silently wrong.
+    """
+
+    def __init__(
+        self,
+        config: LoRAConfig | None = None,
+        *,
+        merge_on_fit_end: bool | MergeConfig = False,
+        print_report: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = _as_config(config)
+        self.merge_config = _as_merge_config(merge_on_fit_end)
+        self.print_report = print_report
+        self.report: InjectionReport | None = None
+        self.merge_report: MergeReport | None = None
+        self._sample = SampleCall()
+        self._waiting: dict[int, str] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Adapt what exists already, and arrange for the rest to be adapted when it has been built."""
+        check_trainer(trainer, self, merges=self.merge_config is not None)
+        if stage == "fit":
+            if self.merge_config is not None:
+                check_merge(trainer, self.merge_config)
+            if is_merged(pl_module):
+                unmerge_adapters(pl_module)
+        patch_run(trainer, pl_module, self.config)
+        if not is_merged(pl_module) and extend_adapters(pl_module, self.config, strict=False) is not None:
+            patch_checkpoints(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave only trained parameters in the optimizers, and refuse a run that would train nothing."""
+        self._remember_report(trainer, pl_module)
+        optimizers = [o for o in trainer.optimizers if o.param_groups]
+        if optimizers:
+            prune_frozen(optimizers)
+            require_trainable(pl_module, optimizers)
+            restored = getattr(trainer._checkpoint_connector, "_loaded_checkpoint", {}).get("optimizer_states")
+            if restored is not None:
+                require_matching_state(optimizers, restored)
+        if self.print_report and trainer.is_global_zero and not trainer.barebones:
+            _print(self.report)
+        if self.report is not None:
+            log_run(trainer, hyperparameters=self.config.to_dict(), report=self.report)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the adapters in train mode, whatever mode the base is in."""
+        adapters = {name: child for name, child in pl_module.named_modules() if isinstance(child, Adapter)}
+        for adapter in adapters.values():
+            adapter.train()
+        warn_of_eval_mode(pl_module)
+        self._waiting = {
+            id(parameter): f"{name}.{key}"
+            for name, adapter in adapters.items()
+            for key, parameter in adapter.named_parameters()
+            if parameter.requires_grad
+        }
+        self._backwards = 0
+        if self.merge_config is not None:
+            self._sample.watch(pl_module, next(name for name, _ in adapted_layers(pl_module)))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse a base that another callback or the module unfroze."""
+        if batch_idx == 0:
+            record = find_record(pl_module)
+            if record is not None:
+                check_still_frozen(pl_module, record)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note which adapters got a gradient in the first batch."""
+        if self._waiting is not None:
+            self._backwards += 1
+            for parameter in pl_module.parameters():
+                if parameter.grad is not None:
+                    self._waiting.pop(id(parameter), None)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After the first batch with a backward: report adapters that the loss does not reach."""
+        if self._waiting is not None and self._backwards:
+            _check_reached(pl_module, self._waiting)
+            self._waiting = None
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the report."""
+        self._remember_report(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the report."""
+        self._remember_report(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the report."""
+        self._remember_report(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Merge. All checkpoints are saved by now, and the module is back on the CPU (single device and DDP)."""
+        self._sample.stop()
+        size = _checkpoint_bytes(trainer)
+        if size is not None:
+            log_checkpoint_bytes(trainer, size)
+        if self.merge_config is not None and not is_merged(pl_module):
+            self.merge_report = merge_at_fit_end(trainer, pl_module, self.merge_config, self._sample)
+            log_merge(trainer, self.merge_report)
+            if self.print_report and trainer.is_global_zero and not trainer.barebones:
+                _print(self.merge_report)
+        self._sample.forget()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take away what was put in place for this run; adapters and adapter-only checkpoints stay."""
+        self._clean(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The same after an error or Ctrl-C, when Lightning calls neither ``on_fit_end`` nor ``teardown``."""
+        self._clean(trainer, pl_module)
+        explain(exception)
+
+    def _clean(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sample.forget()
+        self._waiting = None
+        unpatch_run(trainer, pl_module)
+
+    def _remember_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        record = find_record(pl_module)
+        self.report = record.report if record is not None else None
+
+
+def _as_config(config: Any) -> LoRAConfig:
+    """Accept what Hydra makes of a nested node without ``_target_``, too."""
+    if config is None:
+        return LoRAConfig()
+    if isinstance(config, Mapping):
+        fields = {str(key): value for key, value in config.items() if key not in ("kind", "_target_")}
+        return LoRAConfig(**fields)
+    if not isinstance(config, LoRAConfig):
+        raise ValueError(f"config must be a LoRAConfig, got {config!r}.")
+    return config
+
+
+def _as_merge_config(merge: Any) -> MergeConfig | None:
+    if isinstance(merge, bool):
+        return MergeConfig() if merge else None
+    if isinstance(merge, Mapping):
+        return MergeConfig(**{str(key): value for key, value in merge.items() if key != "_target_"})
+    if merge is not None and not isinstance(merge, MergeConfig):
+        raise ValueError(f"merge_on_fit_end must be True, False or a MergeConfig, got {merge!r}.")
+    return merge
+
+
+def _check_reached(module: nn.Module, missed: dict[int, str]) -> None:
+    trainable = sum(
+        p.requires_grad for child in module.modules() if isinstance(child, Adapter) for p in child.parameters()
+    )
+    if not missed:
+        return
+    names = list(missed.values())
+    if len(names) == trainable:
+        raise UnsupportedSetupError(
+            f"No adapter got a gradient from the first training step, such as {names[0]!r}: the loss does not go "
+            "through the adapted layers' forward (F.linear(x, layer.weight) bypasses it). Adapt other layers."
+        )
+    rank_zero_warn(
+        f"{len(names)} of {trainable} adapter tensors got no gradient from the first training step, such as "
+        f"{names[0]!r}: either this batch did not use the layer, or its forward is bypassed and it will never train."
+    )
+
+
+def _checkpoint_bytes(trainer: pl.Trainer) -> int | None:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            path = Path(callback.best_model_path or callback.last_model_path or "")
+            if path.is_file():
+                return path.stat().st_size
+    return None
+
+
+def _print(report: InjectionReport | MergeReport | None) -> None:
+    if report is not None:
+        import rich
+
+        rich.print(report)

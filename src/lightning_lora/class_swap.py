@@ -1,0 +1,68 @@
+"""Change what a module does without changing what it is: put a mixin in front of its own class, in place.
+
+The object stays the same, so its name, keys, hooks, and every reference to it stay valid, and ``isinstance`` with its
+old class stays true. Knows nothing of adapters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class SwappedClass(nn.Module):
+    """Root of every mixin given to :func:`swap_class`; makes the classes built at run time copy and pickle.
+
+    Attributes:
+        class_prefix: What the class name in a printed module gets in front.
+    """
+
+    class_prefix = ""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # A class built at run time can't be found by its name: unpickling builds it again from its two parents.
+        mixin, original = swapped_parents(type(self))
+        state = super().__reduce_ex__(protocol)[2]
+        return _rebuild, (mixin, original), state
+
+
+_TYPES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def _swapped_type(mixin: type[SwappedClass], original: type[nn.Module]) -> type[nn.Module]:
+    if (mixin, original) not in _TYPES:
+        name = f"{mixin.class_prefix}{original.__name__}"
+        _TYPES[mixin, original] = type(name, (mixin, original), {"__module__": mixin.__module__})
+    return _TYPES[mixin, original]
+
+
+def _rebuild(mixin: type[SwappedClass], original: type[nn.Module]) -> nn.Module:
+    cls = _swapped_type(mixin, original)
+    return cls.__new__(cls)
+
+
+def swapped_parents(cls: type[nn.Module]) -> tuple[type[SwappedClass], type[nn.Module]]:
+    """Return the mixin and the original class of a class that :func:`swap_class` built."""
+    mixin, original = cls.__bases__
+    return mixin, original
+
+
+def swap_class(module: nn.Module, mixin: type[SwappedClass]) -> None:
+    """Make ``module`` an instance of ``mixin`` + its own class.
+
+    Args:
+        module: Any module that is not swapped yet.
+        mixin: Subclass of :class:`SwappedClass` whose methods come first.
+    """
+    module.__class__ = _swapped_type(mixin, type(module))
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give a swapped ``module`` its original class back."""
+    module.__class__ = swapped_parents(type(module))[1]
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the user gave ``module``."""
+    return swapped_parents(type(module))[1] if isinstance(module, SwappedClass) else type(module)

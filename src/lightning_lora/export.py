@@ -1,0 +1,183 @@
+"""Write the merged artifact: dense weights under the module's own keys, that open without this package.
+
+The folder appears whole or not at all, and never in the place of another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.checkpoint import adapter_keys
+from lightning_lora.errors import MergeError
+from lightning_lora.layers import AdaptedLayer
+from lightning_lora.merge import DTYPES, MergeConfig, MergeReport, merged_matrices, unused_folder
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> Path:
+    """Create a folder in one step: ``fill`` writes into a temporary one beside it, which is then renamed.
+
+    Args:
+        path: Where it should be; if that exists, ``-v1``, ``-v2``, ... is appended.
+        fill: Writes the files.
+
+    Returns:
+        Where it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        fill(temporary)
+        temporary.chmod(0o777 & ~_umask())
+        while True:
+            target = unused_folder(path)
+            try:
+                temporary.rename(target)
+            except OSError:
+                if not target.exists():
+                    raise
+                continue  # another process took the name in between
+            return target
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_merged(module: nn.Module, path: Path, config: MergeConfig, *, checkpoint: Mapping[str, Any]) -> Path:
+    """Write the merged weights of a module with live adapters, which stays as it is.
+
+    Args:
+        module: The module; its keys are the keys of the file.
+        path: The folder, see :func:`write_folder`.
+        config: Its dtype.
+        checkpoint: Entries of ``merged.ckpt`` beside ``state_dict`` (versions, hyper-parameters), in plain types.
+
+    Returns:
+        The folder: ``merged.ckpt``, which the module's original class loads; for each transformers model inside the
+        module a folder ``<its dotted name>/`` that ``from_pretrained`` opens.
+
+    Raises:
+        MergeError: If the folder can't be written.
+    """
+    state = merged_state_dict(module, dtype=DTYPES[config.dtype] if config.dtype else None)
+
+    def fill(folder: Path) -> None:
+        torch.save({**checkpoint, "state_dict": state}, folder / "merged.ckpt")
+        for name, model in _transformers_models(module):
+            _save_pretrained(
+                model, folder / (name.replace("/", "_") or "model"), _below(state, name), _tokenizers(module)
+            )
+
+    try:
+        return write_folder(path, fill)
+    except OSError as error:
+        raise MergeError(
+            f"The merged weights can't be written to {path}: {error}. The adapters are untouched, in the module and in "
+            "the checkpoints."
+        ) from error
+
+
+def write_report(report: MergeReport, folder: Path) -> None:
+    """Put the proof of a merge beside its weights, as ``merge_report.json``."""
+    temporary = folder / ".merge_report.json"
+    temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    temporary.replace(folder / "merge_report.json")
+
+
+def merged_state_dict(module: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The state dict of ``module`` under its vanilla keys, with the active adapters folded in.
+
+    Args:
+        module: A module with live adapters.
+        dtype: Of all floating-point entries; None keeps each as it is.
+    """
+    dropped = adapter_keys(module)
+    names = {id(child): name for name, child in module.named_modules()}
+    merged = {names[id(layer)]: layer.as_weight(matrix) for _, layer, matrix in merged_matrices(module, dtype=dtype)}
+    aliases = {
+        f"{alias}.weight": merged[names[id(child)]]
+        for alias, child in module.named_modules(remove_duplicate=False)
+        if isinstance(child, AdaptedLayer)
+    }
+    state = {key: value for key, value in module.state_dict().items() if key not in dropped}
+    return {key: aliases[key] if key in aliases else _cast(value, dtype) for key, value in state.items()}
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.to(dtype)
+
+
+def _below(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"{name}." if name else ""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _transformers_models(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The outermost transformers models inside ``module``."""
+    found: list[str] = []
+    for name, child in module.named_modules():
+        is_model = any(
+            cls.__module__ == "transformers.modeling_utils" and cls.__name__ == "PreTrainedModel"
+            for cls in type(child).__mro__
+        )
+        if is_model and not any(name.startswith(f"{outer}.") or outer == "" for outer in found):
+            found.append(name)
+            yield name, child
+
+
+def _tokenizers(module: nn.Module) -> list[Any]:
+    """Tokenizers and processors that the module holds as attributes: a model folder is of little use without them."""
+    return [
+        value
+        for value in vars(module).values()
+        if any(cls.__name__ in ("PreTrainedTokenizerBase", "ProcessorMixin") for cls in type(value).__mro__)
+    ]
+
+
+def _save_pretrained(model: Any, folder: Path, state: dict[str, Tensor], tokenizers: list[Any]) -> None:
+    with _dense(model):
+        model.save_pretrained(folder, state_dict=state)
+    # save_pretrained notes the live model's dtype, from_pretrained casts to what is noted.
+    noted = json.loads((folder / "config.json").read_text())
+    dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
+    noted.update({key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in noted})
+    (folder / "config.json").write_text(json.dumps(noted, indent=2, sort_keys=True) + "\n")
+    for tokenizer in tokenizers:
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _dense(model: Any) -> Iterator[None]:
+    """For the time of a save, a model that was loaded from a quantized file is what its layers are: dense.
+
+    transformers refuses to save a model that it dequantized on loading (GGUF) and would write its quantization config.
+    """
+    config, attributes = model.config, ("hf_quantizer", "is_quantized", "quantization_method")
+    kept = {name: vars(model)[name] for name in attributes if name in vars(model)}
+    quantization = vars(config).pop("quantization_config", None)
+    for name in kept:
+        delattr(model, name)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(model, name, value)
+        if quantization is not None:
+            config.quantization_config = quantization
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

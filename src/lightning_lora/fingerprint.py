@@ -1,0 +1,94 @@
+"""Recognise the base that adapters were trained on: names, shapes and a sample of the values of its parameters.
+
+A sample can't see an edit of values that it does not contain; it tells models, sizes, seeds and training states apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.adapter import Adapter
+from lightning_lora.record import Record
+from lightning_lora.targets.patterns import canonical
+
+SAMPLES_PER_TENSOR = 8
+
+
+def base_fingerprint(module: nn.Module, record: Record) -> dict[str, Any]:
+    """The fingerprint of the frozen parameters of a module.
+
+    Args:
+        module: A module with adapters that are not merged.
+        record: Its record; what is trained on purpose is no part of the base.
+
+    Returns:
+        Plain types and one tensor: ``tensors`` maps names to ``[dtype, *shape]``; ``samples`` is fp32,
+        ``(tensors, SAMPLES_PER_TENSOR)``, evenly spaced over each tensor.
+    """
+    base = _base_parameters(module, record)
+    samples = [_sample(parameter) for parameter in base.values()]
+    return {
+        "tensors": {name: [str(p.dtype).removeprefix("torch."), *p.shape] for name, p in base.items()},
+        "samples": torch.stack(samples).cpu() if samples else torch.zeros(0, SAMPLES_PER_TENSOR),
+    }
+
+
+def describe_difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    """Compare two fingerprints.
+
+    A base may be compared across a change of precision (``precision="bf16-true"`` converts after a checkpoint is
+    loaded): values then have to agree to the rounding of the coarser dtype, else exactly.
+
+    Returns:
+        What differs, as a clause for a message, or None.
+    """
+    names, others = found["tensors"], expected["tensors"]
+    if set(names) != set(others):
+        only_file, only_module = sorted(set(names) - set(others)), sorted(set(others) - set(names))
+        return f"parameters only in the file: {_some(only_file)}; only in the module: {_some(only_module)}"
+    shapes = [name for name in names if names[name][1:] != others[name][1:]]
+    if shapes:
+        name = shapes[0]
+        return f"{len(shapes)} shapes differ, such as {name}: {names[name][1:]} in the file, {others[name][1:]} here"
+    places = {name: index for index, name in enumerate(others)}
+    aligned = expected["samples"][[places[name] for name in names]] if names else expected["samples"]
+    different = [
+        name
+        for name, a, b in zip(names, found["samples"], aligned, strict=True)
+        if not _agree(a, b, names[name][0], others[name][0])
+    ]
+    return (
+        f"the values of {len(different)} of {len(names)} parameters differ: {_some(different)}" if different else None
+    )
+
+
+def _base_parameters(module: nn.Module, record: Record) -> dict[str, Tensor]:
+    adapters = {id(p) for child in module.modules() if isinstance(child, Adapter) for p in child.parameters()}
+    saved = set(record.saved)
+    return {
+        canonical(name): parameter.detach()
+        for name, parameter in module.named_parameters()
+        if id(parameter) not in adapters and name not in saved and not parameter.is_meta
+    }
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    if tensor.numel() == 0:
+        return torch.zeros(SAMPLES_PER_TENSOR, device=tensor.device)
+    flat = tensor.reshape(-1)
+    steps = torch.arange(SAMPLES_PER_TENSOR, device=tensor.device)
+    return flat[steps * (flat.numel() - 1) // max(1, SAMPLES_PER_TENSOR - 1)].to(torch.float32)
+
+
+def _agree(a: Tensor, b: Tensor, dtype: str, other: str) -> bool:
+    if dtype == other:
+        return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+    rounding = max(torch.finfo(getattr(torch, name)).eps for name in (dtype, other))
+    return torch.allclose(a, b, rtol=2 * rounding, atol=1e-7, equal_nan=True)  # fp16 loses what is below 6e-8
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "") or "none"

@@ -1,0 +1,29 @@
+"""Find parameters that were never pretrained: a random head that stays frozen ruins a run without a word."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def newly_initialized(module: nn.Module) -> list[str]:
+    """Names of the parameters that a transformers checkpoint did not hold, so that transformers drew them at random.
+
+    ``from_pretrained`` marks each parameter that it loaded with ``_is_hf_initialized``; what it had to initialise
+    has no mark. Without any mark (built from a config, copied, not of transformers) there is no evidence, and nothing
+    is returned.
+    """
+    fresh: list[str] = []
+    for name, child in module.named_modules():
+        if not _is_pretrained_model(child) or any(name.startswith(f"{outer}.") for outer in fresh):
+            continue
+        marks = {key: getattr(p, "_is_hf_initialized", False) for key, p in child.named_parameters()}
+        if any(marks.values()):
+            fresh += [f"{name}.{key}" if name else key for key, marked in marks.items() if not marked]
+    return list(dict.fromkeys(fresh))
+
+
+def _is_pretrained_model(module: nn.Module) -> bool:
+    return any(
+        cls.__module__ == "transformers.modeling_utils" and cls.__name__ == "PreTrainedModel"
+        for cls in type(module).__mro__
+    )

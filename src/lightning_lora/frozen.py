@@ -1,0 +1,95 @@
+"""Keep a frozen base as it is: norm statistics that don't move, and a forward that goes through the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from typing_extensions import override
+
+from lightning_lora.class_swap import SwappedClass, restore_class, swap_class
+from lightning_lora.layers import AdaptedLayer
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class FrozenStatistics(SwappedClass):
+    """Mixin of a norm layer whose running statistics are part of the frozen base: it never enters train mode.
+
+    In train mode BatchNorm rewrites its running statistics at every forward, frozen parameters or not; an
+    adapter-only checkpoint would then be evaluated with other statistics than the run was.
+    """
+
+    class_prefix = "Frozen"
+
+    @override
+    def train(self: ModuleT, mode: bool = True) -> ModuleT:
+        return super().train(False)
+
+
+class WithoutFastPath(SwappedClass):
+    """Mixin of ``nn.TransformerEncoder(Layer)`` that computes with its layers, in evaluation too.
+
+    In eval mode these classes read the weights of their linear layers and call one fused kernel, so that validation
+    would silently see the base model without its adapters.
+    """
+
+    class_prefix = "Layerwise"
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+_FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
+
+def keep_base_as_is(root: nn.Module, *, saved: Collection[str] = ()) -> list[str]:
+    """Swap the frozen norm layers and the encoders with adapted layers inside ``root``; safe to call again.
+
+    Args:
+        root: The module.
+        saved: Names of parameters and buffers that are trained on purpose: their norm layers are left alone.
+
+    Returns:
+        Dotted names of all norm layers whose statistics are kept.
+    """
+    kept: list[str] = []
+    for name, child in list(root.named_modules()):
+        if isinstance(child, FrozenStatistics):
+            kept.append(name)
+        elif _tracks_statistics(child) and f"{name}.running_mean" not in saved:
+            was_training = child.training
+            swap_class(child, FrozenStatistics)
+            child._lightning_lora_mode = was_training
+            child.training = False
+            kept.append(name)
+        elif isinstance(child, _FAST_PATHS) and not isinstance(child, SwappedClass) and _has_adapters(child):
+            swap_class(child, WithoutFastPath)
+    return kept
+
+
+def release_base(root: nn.Module) -> None:
+    """Undo :func:`keep_base_as_is`."""
+    for child in list(root.modules()):
+        if isinstance(child, FrozenStatistics):
+            child.training = child.__dict__.pop("_lightning_lora_mode")
+            restore_class(child)
+        elif isinstance(child, WithoutFastPath):
+            restore_class(child)
+
+
+def _tracks_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) and module.track_running_stats and not isinstance(module, SwappedClass)
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    return any(isinstance(child, AdaptedLayer) for child in module.modules())

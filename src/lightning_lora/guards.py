@@ -1,0 +1,121 @@
+"""Refuse, before a run starts, the arrangements of Trainer, callbacks and module that would go wrong without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_lora.adapter import Adapter
+from lightning_lora.errors import UnsupportedSetupError
+from lightning_lora.record import Record
+
+try:
+    from lightning.pytorch.callbacks import WeightAveraging  # from lightning 2.5.5 on
+
+    _AVERAGING: tuple[type, ...] = (StochasticWeightAveraging, WeightAveraging)
+except ImportError:  # pragma: no cover - older lightning
+    _AVERAGING = (StochasticWeightAveraging,)
+
+
+def check_trainer(trainer: pl.Trainer, callback: pl.Callback, *, merges: bool) -> None:
+    """Refuse strategies, plugins and callbacks that LoRA does not go with.
+
+    Raises:
+        UnsupportedSetupError: With what to do instead.
+    """
+    _check_strategy(trainer, merges=merges)
+    _check_callbacks(trainer, callback)
+    if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+        raise UnsupportedSetupError(
+            "BitsandbytesPrecision quantizes every linear layer after the injection, adapters and heads included. "
+            "Remove the plugin."
+        )
+
+
+def _check_strategy(trainer: pl.Trainer, *, merges: bool) -> None:
+    strategy = trainer.strategy
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise UnsupportedSetupError(
+            f"LoRACallback supports one device and DDP; {type(strategy).__name__} is not supported. "
+            'Use strategy="auto" or "ddp".'
+        )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher) and not merges:
+        rank_zero_warn(
+            "This strategy trains in processes of its own, and Lightning gives the main process only weights that it "
+            "knows: the module there stays without adapters. Use the checkpoint, or merge_on_fit_end=True."
+        )
+
+
+def _check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks:
+        if isinstance(other, BaseFinetuning):
+            raise UnsupportedSetupError(
+                f"{type(other).__name__} freezes and unfreezes the base, which LoRA keeps frozen: the checkpoints "
+                "would lack what it trains. Use one of the two; modules_to_save trains modules in full."
+            )
+        if type(other) is type(callback) and other is not callback:
+            raise UnsupportedSetupError(f"There is more than one {type(callback).__name__}: pass one.")
+    before = callbacks[: callbacks.index(callback)]
+    for other in before:
+        if isinstance(other, _AVERAGING):
+            raise UnsupportedSetupError(
+                f"{type(other).__name__} copies the module in its setup, before the adapters are in: "
+                f"list {type(callback).__name__} before it."
+            )
+
+
+def check_still_frozen(module: nn.Module, record: Record) -> None:
+    """Refuse a base that somebody unfroze after the injection: it would train, and no checkpoint would hold it.
+
+    Raises:
+        UnsupportedSetupError: With the names of the unfrozen parameters.
+    """
+    adapters = {id(p) for child in module.modules() if isinstance(child, Adapter) for p in child.parameters()}
+    saved = set(record.saved)
+    thawed = [
+        name for name, p in module.named_parameters() if p.requires_grad and id(p) not in adapters and name not in saved
+    ]
+    if thawed:
+        raise UnsupportedSetupError(
+            f"{len(thawed)} parameters of the frozen base were made trainable after the injection, such as "
+            f"{thawed[0]!r}: they would train, and no checkpoint would hold them. Remove the unfreeze() call, or name "
+            "the module in modules_to_save."
+        )
+
+
+def warn_of_eval_mode(module: nn.Module) -> None:
+    """Warn of a base whose dropout is off in training, as transformers' ``from_pretrained`` leaves it."""
+    silent = [
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0 and not child.training
+    ]
+    if silent:
+        rank_zero_warn(
+            f"{len(silent)} dropout layers of the base are in eval mode and do nothing in training, such as "
+            f"{silent[0]!r} (from_pretrained returns a model in eval mode, and Lightning keeps it). Call .train() on "
+            "the model in your LightningModule's __init__ if you want its dropout; the adapters' own dropout acts."
+        )
+
+
+def explain(exception: BaseException) -> None:
+    """Add what LoRA has to do with it to an error that a frozen base makes other code raise."""
+    text = str(exception)
+    if isinstance(exception, ValueError) and "empty parameter list" in text:
+        exception.args = (
+            f"{text}. LoRACallback froze the base, and this optimizer got only frozen parameters: adapt a layer of its "
+            "module (target_modules), or train it in full (modules_to_save).",
+        )
+    elif isinstance(exception, RuntimeError) and "does not require grad" in text:
+        exception.args = (
+            f"{text}. LoRACallback froze the base, and this loss depends on no adapter: adapt a layer that it goes "
+            "through (target_modules), or train one in full (modules_to_save).",
+        )

@@ -1,0 +1,137 @@
+"""What is put in front of methods of the LightningModule and the strategy: injection, saving and loading.
+
+Lightning calls no callback hook between ``configure_model`` and the restoring of a checkpoint, and none at all when
+``ModelCheckpoint(save_weights_only=True)`` saves, so a callback alone can do none of these.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_lora.checkpoint import MANIFEST, complete_base, read_checkpoint, strip_base
+from lightning_lora.config import AdapterConfig
+from lightning_lora.errors import CheckpointError, MergeError
+from lightning_lora.hyperparameters import make_hyperparameters_plain
+from lightning_lora.injection import extend_adapters
+from lightning_lora.merge import merge_adapters, unmerge_adapters
+from lightning_lora.patches import original, patch, unpatch
+from lightning_lora.record import Record, find_record
+
+Method = Callable[..., Any] | None
+
+
+def patch_run(trainer: pl.Trainer, module: pl.LightningModule, config: AdapterConfig) -> None:
+    """For the time of one run: inject after ``configure_model``, and read checkpoints with errors of our own."""
+    patch(module, "configure_model", _configure_model, config)
+    patch(trainer.strategy, "load_checkpoint", _load_checkpoint)
+
+
+def unpatch_run(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Undo :func:`patch_run`; safe to call twice."""
+    unpatch(module, "configure_model", _configure_model)
+    unpatch(trainer.strategy, "load_checkpoint", _load_checkpoint)
+
+
+def patch_checkpoints(module: pl.LightningModule) -> None:
+    """As long as the module has adapters, also after the run: adapter-only files on every save path."""
+    for name, function in (("on_save_checkpoint", _on_save), ("on_load_checkpoint", _on_load)):
+        patch(module, name, function)
+        record = find_record(module)
+        if record is not None and name not in record.patched:
+            record.patched.append(name)
+
+
+def _configure_model(module: pl.LightningModule, previous: Method, config: AdapterConfig) -> None:
+    original(module, "configure_model", previous)()
+    if _merged(module) is None:
+        extend_adapters(module, config, strict=True)
+        patch_checkpoints(module)
+
+
+def _on_save(module: pl.LightningModule, previous: Method, checkpoint: dict[str, Any]) -> None:
+    original(module, "on_save_checkpoint", previous)(checkpoint)
+    record = find_record(module)
+    if record is None or _is_plain_copy(record):
+        return
+    changes = make_hyperparameters_plain(checkpoint)
+    if changes["left_out"]:
+        rank_zero_warn(
+            f"The hyper-parameters {', '.join(changes['left_out'])} are no plain values and are left out of the "
+            "checkpoint; pass them to load_from_checkpoint. save_hyperparameters(ignore=[...]) silences this."
+        )
+    with _unmerged(module) as was_merged:
+        if was_merged:
+            checkpoint["state_dict"] = module.state_dict()
+        strip_base(module, checkpoint)
+    checkpoint[MANIFEST]["hyper_parameters"] = changes
+
+
+def _on_load(module: pl.LightningModule, previous: Method, checkpoint: dict[str, Any]) -> None:
+    record = find_record(module)
+    if record is not None and not (record.merged is not None and MANIFEST not in checkpoint):
+        if record.merged is not None:
+            _unmerge_for_loading(module, record)
+        complete_base(module, checkpoint)
+    original(module, "on_load_checkpoint", previous)(checkpoint)
+
+
+def _unmerge_for_loading(module: pl.LightningModule, record: Record) -> None:
+    if _is_plain_copy(record):
+        raise MergeError(
+            "This checkpoint holds adapters, and the module is a copy of a merged one: they would be added twice. "
+            "Build the module anew."
+        )
+    unmerge_adapters(module)
+
+
+def _load_checkpoint(strategy: Strategy, previous: Method, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+    load = original(strategy, "load_checkpoint", previous)
+    local = "://" not in str(checkpoint_path)
+    if local and not Path(checkpoint_path).exists():
+        raise CheckpointError(f"There is no checkpoint at {checkpoint_path}.")
+    accepts = "weights_only" in inspect.signature(type(strategy).load_checkpoint).parameters
+    if local and not accepts:
+        read_checkpoint(checkpoint_path)  # lightning 2.5 would unpickle anything
+    try:
+        if accepts and kwargs.get("weights_only") is None and not args:
+            kwargs["weights_only"] = True
+        checkpoint = load(checkpoint_path, *args, **kwargs)
+    except Exception as error:  # what torch raises for damaged and hostile files has many types
+        if local:
+            read_checkpoint(checkpoint_path)
+        raise CheckpointError(
+            f"{checkpoint_path} can't be loaded: {type(error).__name__}: {str(error).splitlines()[:1]}"
+        ) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise CheckpointError(f"{checkpoint_path} is no Lightning checkpoint: it has no 'state_dict'.")
+    return checkpoint
+
+
+@contextmanager
+def _unmerged(module: pl.LightningModule) -> Iterator[bool]:
+    """Within this context the adapters are live; yields whether they had been merged."""
+    was_merged = _merged(module) is not None
+    if was_merged:
+        unmerge_adapters(module)
+    try:
+        yield was_merged
+    finally:
+        if was_merged:
+            merge_adapters(module)
+
+
+def _merged(module: pl.LightningModule) -> Any:
+    record = find_record(module)
+    return None if record is None else record.merged
+
+
+def _is_plain_copy(record: Record) -> bool:
+    return record.merged is not None and record.merged.weights is None

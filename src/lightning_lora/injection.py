@@ -1,0 +1,262 @@
+"""Put adapters into a module and take them out: freeze the base, swap the chosen layers, note how to undo it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.adapter import Adapter
+from lightning_lora.config import AdapterConfig
+from lightning_lora.errors import MergeError, TargetNotFoundError, UnsupportedSetupError
+from lightning_lora.fresh import newly_initialized
+from lightning_lora.frozen import keep_base_as_is, release_base
+from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters
+from lightning_lora.record import Record, drop_record, find_nested_record, find_record, store_record
+from lightning_lora.report import InjectionReport, LayerRow
+from lightning_lora.targets import Pattern, Selection, select_targets
+
+
+def inject_adapters(module: nn.Module, config: AdapterConfig, *, name: str = "default") -> InjectionReport:
+    """Freeze ``module`` and give the layers that ``config`` means an adapter each, in place.
+
+    No existing parameter, buffer, module path or hook changes its name or place, and outputs stay bitwise the same
+    until the adapters train. Calling it again with the same config only adapts layers that have come since.
+
+    Args:
+        module: Any module.
+        config: What to adapt and how, such as :class:`~lightning_lora.LoRAConfig`.
+        name: Name of the adapter; a second name adds a second adapter, which becomes the active one.
+
+    Returns:
+        What was adapted, what was skipped and why, and the counts.
+
+    Raises:
+        TargetNotFoundError: If a pattern or preset selects nothing that can be adapted.
+        UnsupportedSetupError: If the module cannot be adapted rightly.
+        ValueError: If ``name`` is no valid name, or is already there with another config.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> from lightning_lora import LoRAConfig
+        >>> inject_adapters(net, LoRAConfig(rank=2)).trainable_parameters
+        44
+        >>> sorted(key for key in net.state_dict() if "lora" in key)[:2]
+        ['0.adapters.default.lora_A', '0.adapters.default.lora_B']
+    """
+    report = extend_adapters(module, config, name=name, strict=True)
+    assert report is not None
+    return report
+
+
+def extend_adapters(
+    module: nn.Module, config: AdapterConfig, *, name: str = "default", strict: bool
+) -> InjectionReport | None:
+    """:func:`inject_adapters` for a module that may not be complete yet.
+
+    Args:
+        module: Any module.
+        config: As in :func:`inject_adapters`.
+        name: As in :func:`inject_adapters`.
+        strict: False adapts what is there already, accepts patterns that match nothing yet, and returns None where
+            there is no layer to adapt.
+    """
+    record = find_record(module) or Record()
+    _check(module, record, config, name)
+    saved_modules, saved = _saved_names(module, config, strict=strict)
+    selection = select_targets(module, config, saved=frozenset(saved_modules), strict=strict)
+    if not selection.targets:
+        return None
+    record.saved = list(dict.fromkeys([*record.saved, *saved]))
+    _attach(module, selection, config, name)
+    _freeze(module, record, name)
+    kept = keep_base_as_is(module, saved=record.saved)
+    if strict:
+        for key, buffer in base_buffers(module, record):
+            record.buffers.setdefault(key, checksum(buffer))
+    record.configs[name] = config
+    record.report = _report(module, record, selection, config.kind, name, kept)
+    store_record(module, record)
+    return record.report
+
+
+def remove_adapters(module: nn.Module) -> None:
+    """Drop all adapters of ``module`` and make it exactly what it was before the injection.
+
+    Modules that were trained in full get their values from before the training back. Merged weights stay merged:
+    only what would undo the merge is dropped.
+
+    Args:
+        module: The module that :func:`inject_adapters` or the callback was given.
+    """
+    record = find_record(module)
+    if record is None:
+        return
+    if record.merged is None:
+        for _, layer in list(adapted_layers(module)):
+            detach_adapters(layer)
+        state = module.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for key, original in record.originals.items():
+                state[key].copy_(original)
+    thaw(module, record)
+    for attribute in record.patched:
+        module.__dict__.pop(attribute, None)
+    drop_record(module)
+
+
+def thaw(module: nn.Module, record: Record) -> None:
+    """Give every parameter and norm layer of the base back the flags that it had before the injection."""
+    release_base(module)
+    for key, parameter in module.named_parameters():
+        if key in record.was_trainable:
+            parameter.requires_grad_(True)
+        elif key in record.was_frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def disable_adapters(module: nn.Module) -> Iterator[None]:
+    """Within this context the base acts alone.
+
+    Args:
+        module: A module with adapters; every adapted layer inside it is affected.
+    """
+    layers = [layer for _, layer in adapted_layers(module)]
+    active = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = ()
+    try:
+        yield
+    finally:
+        for layer, names in zip(layers, active, strict=True):
+            layer.active = names
+
+
+def base_buffers(module: nn.Module, record: Record) -> Iterator[tuple[str, Tensor]]:
+    """The persistent buffers of the base: everything in the state dict that is neither parameter nor trained."""
+    parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
+    saved = set(record.saved)
+    for key, value in module.state_dict().items():
+        if key not in parameters and key not in saved and isinstance(value, Tensor):
+            yield key, value
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes; 0 for a tensor without data."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return 0
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _check(module: nn.Module, record: Record, config: AdapterConfig, name: str) -> None:
+    if not isinstance(config, AdapterConfig):
+        raise ValueError(f"config must be an adapter config such as LoRAConfig(...), got {config!r}.")
+    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"adapter name {name!r} must be a Python identifier and no method of nn.ModuleDict.")
+    if record.merged is not None:
+        raise MergeError("The adapters of this module are merged. Call unmerge_adapters(module) first.")
+    nested = find_nested_record(module)
+    if nested is not None:
+        raise UnsupportedSetupError(
+            f"{nested!r} inside this module was already adapted by a call of its own. "
+            "Call remove_adapters on it, or adapt only there."
+        )
+    known = record.configs.get(name)
+    if known is not None and known != config:
+        raise ValueError(
+            f"adapter {name!r} is already there with {known}. Call remove_adapters(module) first, or use another name."
+        )
+
+
+def _saved_names(module: nn.Module, config: AdapterConfig, *, strict: bool) -> tuple[set[str], list[str]]:
+    """Modules that are trained in full, and the names of all their parameters and buffers."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    parameters = [key for key, _ in module.named_parameters(remove_duplicate=False)]
+    owners: set[str] = set()
+    saved = newly_initialized(module)
+    for text in config.modules_to_save:
+        pattern = Pattern(text)
+        holders = [name for name in modules if name and pattern.matches(name)]
+        direct = [key for key in parameters if pattern.matches(key)]
+        if strict and not holders and not direct:
+            nearest = ", ".join(map(repr, pattern.nearest([*modules, *parameters])))
+            raise TargetNotFoundError(f"modules_to_save: {text!r} matches no module or parameter. Closest: {nearest}.")
+        owners |= set(holders)
+        saved += direct
+        saved += [f"{name}.{key}" for name in holders for key in modules[name].state_dict()]
+    owners |= {key.rpartition(".")[0] for key in saved}
+    return owners, list(dict.fromkeys(saved))
+
+
+def _attach(module: nn.Module, selection: Selection, config: AdapterConfig, name: str) -> None:
+    for target in selection.targets:
+        layer = attach_adapter(module.get_submodule(target.name), name)
+        if name not in layer.adapters:
+            adapter = config.make_adapter(layer, layer_name=target.name, rank=target.rank, alpha=target.alpha)
+            layer.adapters[name] = adapter.train(layer.training)
+
+
+def _freeze(module: nn.Module, record: Record, name: str) -> None:
+    adapters = {
+        id(parameter): path.endswith(f".{name}") or path == name
+        for path, child in module.named_modules()
+        if isinstance(child, Adapter)
+        for parameter in child.parameters()
+    }
+    state = module.state_dict(keep_vars=True)
+    saved = {id(state[key]) for key in record.saved if key in state}
+    for key, parameter in module.named_parameters():
+        if id(parameter) in adapters:
+            parameter.requires_grad_(adapters[id(parameter)])
+        elif id(parameter) in saved:
+            if not parameter.requires_grad:
+                record.was_frozen.add(key)
+                parameter.requires_grad_(True)
+        else:
+            if parameter.requires_grad:
+                record.was_trainable.add(key)
+                parameter.requires_grad_(False)
+            parameter.grad = None  # an optimizer moves a frozen parameter that still holds a gradient
+    for key in record.saved:
+        if key in state and not state[key].is_meta:
+            record.originals.setdefault(key, state[key].detach().cpu().clone())
+
+
+def _report(
+    module: nn.Module, record: Record, selection: Selection, kind: str, name: str, kept_norms: list[str]
+) -> InjectionReport:
+    rows = tuple(_row(path, layer, name) for path, layer in adapted_layers(module) if name in layer.adapters)
+    parameters = dict(module.named_parameters())
+    notes = []
+    if kept_norms:
+        notes.append(f"{len(kept_norms)} norm layers keep their running statistics (they stay in eval mode)")
+    return InjectionReport(
+        adapter=name,
+        kind=kind,
+        layers=rows,
+        trainable_parameters=sum(p.numel() for p in parameters.values() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in parameters.values()),
+        saved={key: parameters[key].numel() for key in record.saved if key in parameters},
+        skipped=dict(selection.skipped),
+        notes=tuple(notes),
+    )
+
+
+def _row(path: str, layer: AdaptedLayer, name: str) -> LayerRow:
+    adapter = layer.adapter(name)
+    trainable = sum(parameter.numel() for parameter in adapter.parameters())
+    own = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+    return LayerRow(
+        name=path,
+        type=type(layer).__bases__[1].__name__,
+        shape=layer.matrix_shape,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        scaling=adapter.scaling,
+        trainable=trainable,
+        total=trainable + own,
+    )

@@ -1,0 +1,145 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.adapter import Adapter
+from lightning_lora.config import AdapterConfig
+from lightning_lora.functional import low_rank_update, low_rank_weight
+from lightning_lora.layers import AdaptedLayer
+
+INITS = ("kaiming", "gaussian")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(AdapterConfig):
+    """LoRA: ``h = W0 x + scaling * B A x`` with ``W0`` frozen, ``A`` random and ``B`` zero at the start.
+
+    ``scaling`` is ``alpha / rank`` (Hu et al. 2021, section 4.1), or ``alpha / sqrt(rank)`` when ``rank_stabilized``
+    (Kalajdzievski 2023, arXiv:2312.03732, eq. 7). See :class:`~lightning_lora.config.AdapterConfig` for the fields
+    that choose the layers.
+
+    Attributes:
+        dropout: Probability of dropping an element of the input of the update, in ``[0, 1)``.
+        rank_stabilized: Scale by ``alpha / sqrt(rank)``.
+        init: Of ``A``: ``"kaiming"`` (uniform within ``1 / sqrt(in_features)``, as the reference implementation) or
+            ``"gaussian"`` (normal with standard deviation ``1 / rank``).
+
+    Raises:
+        ValueError: For a value that has no meaning; the message names the field.
+
+    Example:
+        >>> LoRAConfig(rank=4, target_modules=["q_proj", "v_proj"]).scaling_of(rank=4, alpha=16.0)
+        4.0
+    """
+
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+    init: str = "kaiming"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
+        if not number or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}.")
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}; got {self.init!r}.")
+        if not isinstance(self.rank_stabilized, bool):
+            raise ValueError(f"rank_stabilized must be True or False, got {self.rank_stabilized!r}.")
+
+    @property
+    @override
+    def kind(self) -> str:
+        return "lora"
+
+    def scaling_of(self, *, rank: int, alpha: float) -> float:
+        """The factor of the update of a layer with this rank and alpha."""
+        return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
+
+    @override
+    def make_adapter(self, layer: nn.Module, *, layer_name: str, rank: int, alpha: float) -> LoRAAdapter:
+        assert isinstance(layer, AdaptedLayer)
+        adapter = LoRAAdapter(
+            *layer.matrix_shape,
+            rank=rank,
+            alpha=alpha,
+            scaling=self.scaling_of(rank=rank, alpha=alpha),
+            dropout=float(self.dropout),
+            like=layer.weight,
+        )
+        adapter.reset_parameters(self.init, seed=_seed_of(self.seed, layer_name))
+        return adapter
+
+
+class LoRAAdapter(Adapter):
+    """The pair ``lora_A`` ``(rank, in_features)`` and ``lora_B`` ``(out_features, rank)`` of one layer.
+
+    Both are fp32 (fp64 beside an fp64 base) and bare parameters, so that nothing that replaces ``nn.Linear`` in a
+    module finds them.
+    """
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        rank: int,
+        alpha: float,
+        scaling: float,
+        dropout: float,
+        like: Tensor,
+    ) -> None:
+        super().__init__()
+        self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, scaling, dropout
+        dtype = torch.promote_types(torch.float32, like.dtype) if like.is_floating_point() else torch.float32
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=like.device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=like.device))
+
+    @torch.no_grad()
+    def reset_parameters(self, init: str, *, seed: int) -> None:
+        """Draw ``lora_A`` from a generator of its own and set ``lora_B`` to zero."""
+        self.lora_B.zero_()
+        if self.lora_A.is_meta:
+            return
+        # Drawn on the CPU from a generator of its own: the same on every rank and device, and the user's stream of
+        # random numbers goes on as if nothing had been injected.
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype, device="cpu")
+        if init == "gaussian":
+            drawn.normal_(0.0, 1.0 / self.rank, generator=generator)
+        else:
+            bound = 1.0 / math.sqrt(max(1, drawn.shape[1]))
+            drawn.uniform_(-bound, bound, generator=generator)
+        self.lora_A.copy_(drawn)
+
+    @override
+    def adapt(self, input: Tensor, base_output: Tensor) -> Tensor:
+        return low_rank_update(
+            input,
+            base_output,
+            self.lora_A,
+            self.lora_B,
+            scaling=self.scaling,
+            dropout=self.dropout,
+            training=self.training,
+        )
+
+    @override
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        return weight + low_rank_weight(self.lora_A, self.lora_B, scaling=self.scaling, dtype=weight.dtype)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def _seed_of(seed: int, layer_name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{layer_name}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")  # Python's own hash() of a string differs from process to process

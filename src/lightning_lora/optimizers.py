@@ -1,0 +1,72 @@
+"""Optimizers that the user built over whatever parameters: keep what trains, refuse what can't."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.errors import AdapterMismatchError, UnsupportedSetupError
+
+
+def prune_frozen(optimizers: Sequence[Optimizer]) -> int:
+    """Take frozen parameters out of the groups of ``optimizers``, in place.
+
+    A checkpoint then holds the state of the adapters only, and LBFGS works on vectors of their size. Groups stay, also
+    when they end up empty, so that schedulers with a value per group fit.
+
+    Returns:
+        The number of parameters taken out.
+    """
+    pruned = 0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            keep = [parameter.requires_grad for parameter in group["params"]]
+            pruned += len(keep) - sum(keep)
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    optimizer.state.pop(parameter, None)  # Adagrad has allocated some already
+            for key in ("params", "param_names"):
+                if key in group:
+                    # In place: LBFGS and some schedulers hold on to the list itself.
+                    group[key][:] = [item for item, kept in zip(group[key], keep, strict=True) if kept]
+    return pruned
+
+
+def require_trainable(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse a run in which a trainable parameter is in no optimizer.
+
+    Raises:
+        UnsupportedSetupError: With the names of the parameters that would never move.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    outside = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    if outside:
+        raise UnsupportedSetupError(
+            f"{len(outside)} trainable parameters are in no optimizer and would never move, such as {outside[0]!r}. "
+            "The parameter list was made before the adapters existed (in __init__?), or the optimizer gets only some "
+            "modules: call self.parameters() inside configure_optimizers()."
+        )
+
+
+def require_matching_state(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse optimizer states of a checkpoint that belong to other parameters than the optimizers hold.
+
+    Raises:
+        AdapterMismatchError: With both sizes.
+    """
+    if len(optimizers) != len(states):
+        raise AdapterMismatchError(
+            f"The checkpoint has the state of {len(states)} optimizers, the module configures {len(optimizers)}. "
+            "Resume with the same configure_optimizers, or load only the weights."
+        )
+    for optimizer, state in zip(optimizers, states, strict=True):
+        live = [len(group["params"]) for group in optimizer.param_groups]
+        found = [len(group["params"]) for group in state["param_groups"]]
+        if live != found:
+            raise AdapterMismatchError(
+                f"The optimizer state in the checkpoint belongs to {found} parameters by group, the optimizer here "
+                f"holds {live}. Resume with the same configure_optimizers and adapter configuration."
+            )

@@ -1,0 +1,83 @@
+"""The one note that an injection leaves on a module: what is needed to undo, save, merge and continue it.
+
+It is a plain object in the module's ``__dict__``, copied and pickled with it; the layers say what is adapted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.config import AdapterConfig
+from lightning_lora.report import InjectionReport
+
+_ATTRIBUTE = "_lightning_lora"
+
+
+@dataclass
+class MergedState:
+    """What an exact unmerge needs: the base weights that the merge replaced, and the adapters it folded in.
+
+    Attributes:
+        adapters: Layer name -> its adapters.
+        active: Layer name -> the names of the adapters that acted.
+        weights: Layer name -> the tensor that was the base weight. Left behind when a merged module is pickled or
+            copied: the copy is a plain module that can't be unmerged.
+    """
+
+    adapters: dict[str, nn.ModuleDict] = field(default_factory=dict)
+    active: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    weights: dict[str, Tensor] | None = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "weights": None}
+
+
+@dataclass
+class Record:
+    """State of the injection on a root module.
+
+    Attributes:
+        configs: Adapter name -> its config.
+        was_trainable: Names of the parameters that the injection froze.
+        was_frozen: Names of the parameters that the injection made trainable (modules to save).
+        saved: Names of parameters and buffers that are trained on purpose and saved beside the adapters.
+        originals: Their values before training, for an exact removal.
+        buffers: Checksums of the persistent buffers of the base at the injection; a buffer that changed is saved.
+        report: What the last injection reported.
+        patched: Names of instance attributes put over methods of the module, taken away at removal.
+        merged: Set while the adapters are merged into the base.
+    """
+
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
+    was_trainable: set[str] = field(default_factory=set)
+    was_frozen: set[str] = field(default_factory=set)
+    saved: list[str] = field(default_factory=list)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, int] = field(default_factory=dict)
+    report: InjectionReport | None = None
+    patched: list[str] = field(default_factory=list)
+    merged: MergedState | None = None
+
+
+def find_record(module: nn.Module) -> Record | None:
+    """The record on ``module`` itself, or None."""
+    record = module.__dict__.get(_ATTRIBUTE)
+    return record if isinstance(record, Record) else None
+
+
+def find_nested_record(module: nn.Module) -> str | None:
+    """Dotted name of a submodule, not ``module`` itself, that has a record of its own."""
+    return next((name for name, child in module.named_modules() if name and find_record(child) is not None), None)
+
+
+def store_record(module: nn.Module, record: Record) -> None:
+    """Put the record on ``module``."""
+    module.__dict__[_ATTRIBUTE] = record
+
+
+def drop_record(module: nn.Module) -> None:
+    """Take the record off ``module``."""
+    module.__dict__.pop(_ATTRIBUTE, None)
