@@ -1,4 +1,4 @@
-"""LoRA and QLoRA fine-tuning for people who already train with Lightning: one callback, any LightningModule."""
+"""LoRA fine-tuning for people who already train with Lightning: one callback, any LightningModule."""
 
 from lightning_lora.callback import LoRACallback
 from lightning_lora.config import AdapterConfig
@@ -24,8 +24,7 @@ from lightning_lora.merge import (
     unmerge_adapters,
 )
 from lightning_lora.report import InjectionReport, LayerRow
-
-__version__ = "0.1.0"
+from lightning_lora.version import __version__ as __version__
 
 __all__ = [
     "AdapterConfig",

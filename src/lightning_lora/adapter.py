@@ -30,11 +30,14 @@ class Adapter(nn.Module, ABC):
         """
 
     @abstractmethod
-    def merged_weight(self, weight: Tensor) -> Tensor:
-        """The dense weight that gives, alone, the output of the layer with this adapter.
+    def weight_update(self, weight: Tensor) -> Tensor:
+        """What has to be added to the dense weight so that it gives, alone, the output of the layer with this adapter.
 
         Args:
             weight: ``(out_features, in_features)``, in at least fp32; left as it is.
+
+        Returns:
+            The update, ``(out_features, in_features)``, in the dtype of ``weight``.
         """
 
     def forward(self, input: Tensor, base_output: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.averaging import prepare_averaging
+from lightning_lora.checkpoint import MANIFEST
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.fit_end import check_merge, merge_at_fit_end
 from lightning_lora.guards import check_still_frozen, check_trainer, explain, warn_of_eval_mode
@@ -22,6 +24,7 @@ from lightning_lora.layers import adapted_layers
 from lightning_lora.lora import LoRAConfig
 from lightning_lora.merge import MergeConfig, MergeReport, is_merged, unmerge_adapters
 from lightning_lora.optimizers import prune_frozen, require_matching_state, require_trainable
+from lightning_lora.random_state import forget_random_state, reach_epoch_start, resume_random_state
 from lightning_lora.record import find_record
 from lightning_lora.report import InjectionReport
 from lightning_lora.sample import SampleCall
@@ -70,7 +73,7 @@ class LoRACallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Adapt what exists already, and arrange for the rest to be adapted when it has been built."""
-        check_trainer(trainer, self, merges=self.merge_config is not None)
+        check_trainer(trainer, self, kind=LoRACallback, merges=self.merge_config is not None)
         if stage == "fit":
             if self.merge_config is not None:
                 check_merge(trainer, self.merge_config)
@@ -83,13 +86,16 @@ class LoRACallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave only trained parameters in the optimizers, and refuse a run that would train nothing."""
         self._remember_report(trainer, pl_module)
+        prepare_averaging(trainer, pl_module)
         optimizers = [o for o in trainer.optimizers if o.param_groups]
         if optimizers:
             prune_frozen(optimizers)
             require_trainable(pl_module, optimizers)
-            restored = getattr(trainer._checkpoint_connector, "_loaded_checkpoint", {}).get("optimizer_states")
-            if restored is not None:
-                require_matching_state(optimizers, restored)
+            restored = getattr(trainer._checkpoint_connector, "_loaded_checkpoint", {})
+            if "optimizer_states" in restored:
+                require_matching_state(optimizers, restored["optimizer_states"])
+            if "random_state" in restored.get(MANIFEST, {}):
+                resume_random_state(trainer, restored[MANIFEST]["random_state"])
         if self.print_report and trainer.is_global_zero and not trainer.barebones:
             _print(self.report)
         if self.report is not None:
@@ -110,6 +116,10 @@ class LoRACallback(pl.Callback):
         self._backwards = 0
         if self.merge_config is not None:
             self._sample.watch(pl_module, next(name for name, _ in adapted_layers(pl_module)))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where a resumed run goes on at the start of an epoch: continue its random streams."""
+        reach_epoch_start(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -173,6 +183,7 @@ class LoRACallback(pl.Callback):
     def _clean(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._sample.forget()
         self._waiting = None
+        forget_random_state(trainer)
         unpatch_run(trainer, pl_module)
 
     def _remember_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError, MergeError
-from lightning_lora.fingerprint import base_fingerprint, describe_difference
+from lightning_lora.fingerprint import base_fingerprint, describe_difference, is_fingerprint
 from lightning_lora.injection import base_buffers, checksum
 from lightning_lora.layers import AdaptedLayer, adapted_layers
 from lightning_lora.record import Record, find_record
 from lightning_lora.targets.patterns import canonical
+from lightning_lora.version import __version__
 
 MANIFEST = "lightning_lora"
 FORMAT = 1
@@ -48,10 +49,11 @@ def strip_base(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
     record = _live_record(module)
     adapters = {canonical(key) for key in adapter_keys(module)}
     saved = {canonical(key) for key in record.saved}
-    buffers = {canonical(key) for key in changed_buffers(module, record)}
+    buffers: set[str] = set()
     for entry in STATES:
         if entry in checkpoint:
             state = {canonical(key): value for key, value in checkpoint[entry].items()}
+            buffers |= changed_buffers(module, record, state) - saved
             lost = sorted((adapters | saved) - set(state))
             if lost:
                 raise CheckpointError(
@@ -72,8 +74,6 @@ def manifest(
     buffers: Iterable[str],
 ) -> dict[str, Any]:
     """What a reader has to know of the tensors in a file, in plain types."""
-    from lightning_lora import __version__
-
     return {
         "format": FORMAT,
         "version": __version__,
@@ -136,16 +136,21 @@ def read_manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         )
     parts = {"configs": dict, "layers": dict, "adapters": list, "saved": list, "buffers": list, "base": dict}
     broken = [key for key, kind in parts.items() if not isinstance(found.get(key), kind)]
-    if not broken and not _is_fingerprint(found["base"]):
+    if not broken and not is_fingerprint(found["base"]):
         broken = ["base"]
     if broken:
         raise CheckpointError(f"The lightning_lora manifest in this checkpoint is damaged: {', '.join(broken)}.")
     return dict(found)
 
 
-def changed_buffers(module: nn.Module, record: Record) -> list[str]:
-    """Persistent buffers of the base that changed since the injection (counters, queues, metric states)."""
-    return [key for key, value in base_buffers(module, record) if record.buffers.get(key) != checksum(value)]
+def changed_buffers(module: nn.Module, record: Record, state: Mapping[str, Any]) -> set[str]:
+    """Names in ``state`` of persistent buffers that changed since the injection (counters, queues, metric states)."""
+    known = {canonical(key) for key, _ in module.named_parameters(remove_duplicate=False)}
+    return {
+        key
+        for key, value in state.items()
+        if key not in known and isinstance(value, Tensor) and record.buffers.get(key) != checksum(value)
+    }
 
 
 def _live_record(module: nn.Module) -> Record:
@@ -168,11 +173,6 @@ def _layer_settings(module: nn.Module) -> dict[str, dict[str, list[float]]]:
 def _settings_of(layer: AdaptedLayer, name: str) -> list[float]:
     adapter = layer.adapter(name)
     return [adapter.rank, adapter.alpha, adapter.scaling]
-
-
-def _is_fingerprint(base: Mapping[str, Any]) -> bool:
-    tensors, samples = base.get("tensors"), base.get("samples")
-    return isinstance(tensors, dict) and isinstance(samples, Tensor) and len(samples) == len(tensors)
 
 
 def _compare_tensors(

@@ -5,6 +5,8 @@ A sample can't see an edit of values that it does not contain; it tells models, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from lightning_lora.record import Record
 from lightning_lora.targets.patterns import canonical
 
 SAMPLES_PER_TENSOR = 8
+_DTYPES = {"float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8"}
 
 
 def base_fingerprint(module: nn.Module, record: Record) -> dict[str, Any]:
@@ -25,15 +28,26 @@ def base_fingerprint(module: nn.Module, record: Record) -> dict[str, Any]:
         record: Its record; what is trained on purpose is no part of the base.
 
     Returns:
-        Plain types and one tensor: ``tensors`` maps names to ``[dtype, *shape]``; ``samples`` is fp32,
-        ``(tensors, SAMPLES_PER_TENSOR)``, evenly spaced over each tensor.
+        Plain types and one tensor: ``tensors`` maps names to ``[dtype, *shape]``; ``samples`` is fp32 and flat, up to
+        ``SAMPLES_PER_TENSOR`` evenly spaced values of each tensor in turn.
     """
     base = _base_parameters(module, record)
     samples = [_sample(parameter) for parameter in base.values()]
     return {
         "tensors": {name: [str(p.dtype).removeprefix("torch."), *p.shape] for name, p in base.items()},
-        "samples": torch.stack(samples).cpu() if samples else torch.zeros(0, SAMPLES_PER_TENSOR),
+        "samples": torch.cat(samples).cpu() if samples else torch.zeros(0),
     }
+
+
+def is_fingerprint(value: Mapping[str, Any]) -> bool:
+    """Whether ``value`` has the form that :func:`base_fingerprint` returns."""
+    tensors, samples = value.get("tensors"), value.get("samples")
+    if not isinstance(tensors, dict) or not isinstance(samples, Tensor) or samples.ndim != 1:
+        return False
+    entries = list(tensors.values())
+    if not all(isinstance(entry, list) and entry and entry[0] in _DTYPES for entry in entries):
+        return False
+    return all(isinstance(n, int) for entry in entries for n in entry[1:]) and len(samples) == sum(_lengths(tensors))
 
 
 def describe_difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
@@ -53,13 +67,8 @@ def describe_difference(found: dict[str, Any], expected: dict[str, Any]) -> str 
     if shapes:
         name = shapes[0]
         return f"{len(shapes)} shapes differ, such as {name}: {names[name][1:]} in the file, {others[name][1:]} here"
-    places = {name: index for index, name in enumerate(others)}
-    aligned = expected["samples"][[places[name] for name in names]] if names else expected["samples"]
-    different = [
-        name
-        for name, a, b in zip(names, found["samples"], aligned, strict=True)
-        if not _agree(a, b, names[name][0], others[name][0])
-    ]
+    ours, theirs = _by_tensor(expected), _by_tensor(found)
+    different = [name for name in names if not _agree(theirs[name], ours[name], names[name][0], others[name][0])]
     return (
         f"the values of {len(different)} of {len(names)} parameters differ: {_some(different)}" if different else None
     )
@@ -76,11 +85,18 @@ def _base_parameters(module: nn.Module, record: Record) -> dict[str, Tensor]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    if tensor.numel() == 0:
-        return torch.zeros(SAMPLES_PER_TENSOR, device=tensor.device)
     flat = tensor.reshape(-1)
-    steps = torch.arange(SAMPLES_PER_TENSOR, device=tensor.device)
-    return flat[steps * (flat.numel() - 1) // max(1, SAMPLES_PER_TENSOR - 1)].to(torch.float32)
+    step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
+    return flat[::step][:SAMPLES_PER_TENSOR].to(torch.float32)
+
+
+def _by_tensor(fingerprint: dict[str, Any]) -> dict[str, Tensor]:
+    tensors = fingerprint["tensors"]
+    return dict(zip(tensors, fingerprint["samples"].split(_lengths(tensors)), strict=True))
+
+
+def _lengths(tensors: Mapping[str, list[Any]]) -> list[int]:
+    return [min(math.prod(entry[1:]), SAMPLES_PER_TENSOR) for entry in tensors.values()]
 
 
 def _agree(a: Tensor, b: Tensor, dtype: str, other: str) -> bool:

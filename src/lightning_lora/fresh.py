@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_lora.adapter import Adapter
+
 
 def newly_initialized(module: nn.Module) -> list[str]:
     """Names of the parameters that a transformers checkpoint did not hold, so that transformers drew them at random.
@@ -13,12 +15,14 @@ def newly_initialized(module: nn.Module) -> list[str]:
     is returned.
     """
     fresh: list[str] = []
+    adapters = tuple(f"{name}." for name, child in module.named_modules() if isinstance(child, Adapter))
     for name, child in module.named_modules():
         if not _is_pretrained_model(child) or any(name.startswith(f"{outer}.") for outer in fresh):
             continue
         marks = {key: getattr(p, "_is_hf_initialized", False) for key, p in child.named_parameters()}
         if any(marks.values()):
-            fresh += [f"{name}.{key}" if name else key for key, marked in marks.items() if not marked]
+            unmarked = [f"{name}.{key}" if name else key for key, marked in marks.items() if not marked]
+            fresh += [key for key in unmarked if not key.startswith(adapters)]
     return list(dict.fromkeys(fresh))
 
 

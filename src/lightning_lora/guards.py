@@ -5,33 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.averaging import AVERAGING
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.record import Record
 
-try:
-    from lightning.pytorch.callbacks import WeightAveraging  # from lightning 2.5.5 on
 
-    _AVERAGING: tuple[type, ...] = (StochasticWeightAveraging, WeightAveraging)
-except ImportError:  # pragma: no cover - older lightning
-    _AVERAGING = (StochasticWeightAveraging,)
-
-
-def check_trainer(trainer: pl.Trainer, callback: pl.Callback, *, merges: bool) -> None:
+def check_trainer(trainer: pl.Trainer, callback: pl.Callback, *, kind: type[pl.Callback], merges: bool) -> None:
     """Refuse strategies, plugins and callbacks that LoRA does not go with.
+
+    Args:
+        trainer: The Trainer of the run.
+        callback: The callback of this run.
+        kind: The class of which there may be one.
+        merges: Whether the adapters are merged at fit end.
 
     Raises:
         UnsupportedSetupError: With what to do instead.
     """
     _check_strategy(trainer, merges=merges)
-    _check_callbacks(trainer, callback)
+    _check_callbacks(trainer, callback, kind)
     if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
         raise UnsupportedSetupError(
             "BitsandbytesPrecision quantizes every linear layer after the injection, adapters and heads included. "
@@ -41,7 +41,8 @@ def check_trainer(trainer: pl.Trainer, callback: pl.Callback, *, merges: bool) -
 
 def _check_strategy(trainer: pl.Trainer, *, merges: bool) -> None:
     strategy = trainer.strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    # DeepSpeed's strategy is a DDPStrategy by inheritance only: it shards, and saves through an engine of its own.
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
         raise UnsupportedSetupError(
             f"LoRACallback supports one device and DDP; {type(strategy).__name__} is not supported. "
             'Use strategy="auto" or "ddp".'
@@ -53,7 +54,7 @@ def _check_strategy(trainer: pl.Trainer, *, merges: bool) -> None:
         )
 
 
-def _check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
+def _check_callbacks(trainer: pl.Trainer, callback: pl.Callback, kind: type[pl.Callback]) -> None:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for other in callbacks:
         if isinstance(other, BaseFinetuning):
@@ -61,11 +62,16 @@ def _check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
                 f"{type(other).__name__} freezes and unfreezes the base, which LoRA keeps frozen: the checkpoints "
                 "would lack what it trains. Use one of the two; modules_to_save trains modules in full."
             )
-        if type(other) is type(callback) and other is not callback:
-            raise UnsupportedSetupError(f"There is more than one {type(callback).__name__}: pass one.")
+        if isinstance(other, ModelPruning):
+            raise UnsupportedSetupError(
+                "ModelPruning prunes the weights of the base, which LoRA keeps as they are: no checkpoint would hold "
+                "the masks. Prune the model first, or merge and prune then."
+            )
+        if isinstance(other, kind) and other is not callback:
+            raise UnsupportedSetupError(f"There is more than one {kind.__name__}: pass one.")
     before = callbacks[: callbacks.index(callback)]
     for other in before:
-        if isinstance(other, _AVERAGING):
+        if isinstance(other, AVERAGING):
             raise UnsupportedSetupError(
                 f"{type(other).__name__} copies the module in its setup, before the adapters are in: "
                 f"list {type(callback).__name__} before it."

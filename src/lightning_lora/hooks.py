@@ -23,6 +23,7 @@ from lightning_lora.hyperparameters import make_hyperparameters_plain
 from lightning_lora.injection import extend_adapters
 from lightning_lora.merge import merge_adapters, unmerge_adapters
 from lightning_lora.patches import original, patch, unpatch
+from lightning_lora.random_state import random_state
 from lightning_lora.record import Record, find_record
 
 Method = Callable[..., Any] | None
@@ -72,6 +73,8 @@ def _on_save(module: pl.LightningModule, previous: Method, checkpoint: dict[str,
             checkpoint["state_dict"] = module.state_dict()
         strip_base(module, checkpoint)
     checkpoint[MANIFEST]["hyper_parameters"] = changes
+    if "optimizer_states" in checkpoint:  # else the file is weights-only, and no fit can go on from it
+        checkpoint[MANIFEST]["random_state"] = random_state(module.trainer)
 
 
 def _on_load(module: pl.LightningModule, previous: Method, checkpoint: dict[str, Any]) -> None:

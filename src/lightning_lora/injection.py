@@ -18,6 +18,7 @@ from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, 
 from lightning_lora.record import Record, drop_record, find_nested_record, find_record, store_record
 from lightning_lora.report import InjectionReport, LayerRow
 from lightning_lora.targets import Pattern, Selection, select_targets
+from lightning_lora.targets.patterns import canonical
 
 
 def inject_adapters(module: nn.Module, config: AdapterConfig, *, name: str = "default") -> InjectionReport:
@@ -76,7 +77,7 @@ def extend_adapters(
     kept = keep_base_as_is(module, saved=record.saved)
     if strict:
         for key, buffer in base_buffers(module, record):
-            record.buffers.setdefault(key, checksum(buffer))
+            record.buffers.setdefault(canonical(key), checksum(buffer))
     record.configs[name] = config
     record.report = _report(module, record, selection, config.kind, name, kept)
     store_record(module, record)

@@ -26,8 +26,10 @@ class AdaptedLayer(SwappedClass):
     active: tuple[str, ...]
 
     @override
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = super().forward(input, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = super().forward(*args, **kwargs)
+        # Subclasses call their input what they like (Conv1D: x), and callers may pass it by that name.
+        input = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         for name in self.active:
             output = self.adapters[name](input, output)
         return output
@@ -46,13 +48,21 @@ class AdaptedLayer(SwappedClass):
         return matrix
 
     @torch.no_grad()
-    def merged_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight with the active adapters folded in, ``(out_features, in_features)``, in at least ``dtype``."""
-        matrix = self.weight_matrix()
-        matrix = matrix.to(torch.promote_types(dtype, matrix.dtype))
+    def weight_update(self) -> Tensor:
+        """What the active adapters add to the weight, ``(out_features, in_features)``, in at least fp32."""
+        weight = self.weight_matrix()
+        weight = weight.to(torch.promote_types(torch.float32, weight.dtype))
+        update: Tensor | None = None
         for name in self.active:
-            matrix = self.adapter(name).merged_weight(matrix)
-        return matrix
+            added = self.adapter(name).weight_update(weight if update is None else weight + update)
+            update = added if update is None else update + added
+        return torch.zeros_like(weight) if update is None else update
+
+    @torch.no_grad()
+    def merged_matrix(self) -> Tensor:
+        """The weight with the active adapters folded in, ``(out_features, in_features)``, in at least fp32."""
+        update = self.weight_update()
+        return self.weight_matrix().to(update.dtype) + update
 
     def adapter(self, name: str) -> Adapter:
         """The adapter called ``name``."""

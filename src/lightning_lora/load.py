@@ -67,7 +67,7 @@ def _injecting(module_class: type[pl.LightningModule], manifest: dict[str, Any])
     own = module_class.__dict__.get("on_load_checkpoint")
     inherited = module_class.on_load_checkpoint
 
-    def on_load_checkpoint(self: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         for name, config in manifest["configs"].items():
             inject_adapters(self, config_from_dict(config), name=name)
         complete_base(self, checkpoint)

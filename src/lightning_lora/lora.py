@@ -132,8 +132,8 @@ class LoRAAdapter(Adapter):
         )
 
     @override
-    def merged_weight(self, weight: Tensor) -> Tensor:
-        return weight + low_rank_weight(self.lora_A, self.lora_B, scaling=self.scaling, dtype=weight.dtype)
+    def weight_update(self, weight: Tensor) -> Tensor:
+        return low_rank_weight(self.lora_A, self.lora_B, scaling=self.scaling, dtype=weight.dtype)
 
     @override
     def extra_repr(self) -> str:

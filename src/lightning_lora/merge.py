@@ -159,15 +159,15 @@ class _Norms:
     update: float = 0.0
     layers: list[MergedLayer] = field(default_factory=list)
 
-    def add(self, name: str, layer: AdaptedLayer, stored: Tensor) -> None:
-        exact = layer.merged_matrix(torch.float64)  # so that the rounding of an fp32 merge shows, too
-        base = layer.weight_matrix().detach().to(exact.dtype)
-        update = torch.linalg.vector_norm(exact - base).item()
-        error = torch.linalg.vector_norm(stored.to(exact.dtype) - exact).item()
-        weight = torch.linalg.vector_norm(base).item()
+    def add(self, name: str, layer: AdaptedLayer, update: Tensor, stored: Tensor) -> None:
+        base = layer.weight_matrix().detach().to(update.dtype)
+        # The difference of two close floating-point numbers is exact (Sterbenz), so fp32 shows the rounding of fp32.
+        error = torch.linalg.vector_norm((stored.to(update.dtype) - base).sub_(update)).item()
+        size = torch.linalg.vector_norm(update).item()
         self.error += error**2
-        self.update += update**2
-        self.layers.append(MergedLayer(name, update, weight, error / update if update else 0.0))
+        self.update += size**2
+        weight = torch.linalg.vector_norm(base).item()
+        self.layers.append(MergedLayer(name, size, weight, error / size if size else 0.0))
 
     @property
     def relative_error(self) -> float:
@@ -183,14 +183,15 @@ def merged_matrices(
         MergeError: If a merged weight is not finite.
     """
     for name, layer in list(adapted_layers(module)):
-        stored = layer.merged_matrix().to(dtype or layer.weight.dtype)
+        update = layer.weight_update()
+        stored = (layer.weight_matrix().detach().to(update.dtype) + update).to(dtype or layer.weight.dtype)
         if not torch.isfinite(stored).all():
             raise MergeError(
                 f"The merged weight of {name!r} is not finite: its adapter diverged, or overflows {stored.dtype}. "
                 "Merge an earlier checkpoint, or in a wider dtype."
             )
         if norms is not None:
-            norms.add(name, layer, stored)
+            norms.add(name, layer, update, stored)
         yield name, layer, stored
 
 

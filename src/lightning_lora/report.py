@@ -86,13 +86,13 @@ class InjectionReport:
 
         table = Table(title=f"adapter {self.adapter!r} ({self.kind})", title_justify="left")
         table.add_column("layer", overflow="fold")
-        for header in ("shape", "rank", "alpha", "trainable", "total"):
+        for header in ("layers", "shape", "rank", "alpha", "trainable", "total"):
             table.add_column(header, justify="right", no_wrap=True)
         for group in _groups(self.layers):
             row = group[0]
-            name = row.name if len(group) == 1 else f"{_pattern_of(group)}  ({len(group)} layers)"
             table.add_row(
-                name,
+                row.name if len(group) == 1 else _without_indices(row.name),
+                str(len(group)),
                 f"{row.shape[0]} x {row.shape[1]}",
                 str(row.rank),
                 f"{row.alpha:g}",
@@ -118,10 +118,6 @@ def _groups(rows: tuple[LayerRow, ...]) -> list[list[LayerRow]]:
         key = (_without_indices(row.name), row.type, row.shape, row.rank, row.alpha, row.scaling)
         groups.setdefault(key, []).append(row)
     return list(groups.values())
-
-
-def _pattern_of(rows: list[LayerRow]) -> str:
-    return _without_indices(rows[0].name)
 
 
 def _skipped_lines(skipped: Mapping[str, str]) -> list[str]:

@@ -1,0 +1,172 @@
+"""The variants under comparison, over one shared set of frozen base weights."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+PRECISIONS = ("bf16", "fp32", "bf16-mixed")
+TARGETS: dict[str, str | list[str]] = {"all-linear": "all-linear", "q+v": ["q_proj", "v_proj"]}
+_PEFT_KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.(?P<factor>lora_[AB])\.default\.weight$")
+_OUR_KEY = re.compile(r"^(?P<layer>.+)\.adapters\.default\.(?P<factor>lora_[AB])$")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama; the weights are drawn at random, since time and bytes do not depend on them."""
+
+    hidden: int
+    layers: int
+    feed_forward: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            intermediate_size=self.feed_forward,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+
+
+SHAPES = {
+    "llama-8x512": Shape(512, 8, 1376, 8, 8, 4096),
+    "smollm2-135m": Shape(576, 30, 1536, 9, 3, 49152),
+    "tiny": Shape(32, 2, 64, 4, 2, 64),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the step benchmark."""
+
+    shape: str = "llama-8x512"
+    precision: str = "bf16"
+    dropout: float = 0.0
+    targets: str = "all-linear"
+    rank: int = 16
+    batch: int = 2
+    length: int = 256
+
+    def __post_init__(self) -> None:
+        for field, known in (("shape", SHAPES), ("precision", PRECISIONS), ("targets", TARGETS)):
+            if getattr(self, field) not in known:
+                raise ValueError(f"Case: {field}={getattr(self, field)!r} is unknown, choose of {[*known]}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base weights."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def alpha(self) -> float:
+        return 2.0 * self.rank
+
+    def tokens(self, *, seed: int = 0) -> Tensor:
+        """Random token ids, int64 ``[batch, length]``."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(SHAPES[self.shape].vocabulary, (self.batch, self.length), generator=generator)
+
+
+def build_base(case: Case) -> LlamaForCausalLM:
+    """A randomly initialised Llama of the case's shape and dtype."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(SHAPES[case.shape].config()).to(case.dtype)
+
+
+def share(base: nn.Module) -> nn.Module:
+    """A copy of the module tree whose parameters and buffers *are* those of ``base``.
+
+    So every variant multiplies by the same tensors at the same addresses, and five variants fit in the memory
+    of one.
+    """
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
+
+
+def frozen_floor(base: nn.Module) -> nn.Module:
+    """The base alone: forward, and gradients down to the embeddings' output. No adapter can be cheaper."""
+    model = share(base).requires_grad_(False)
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def with_peft(base: nn.Module, case: Case, *, cast_adapters: bool = True) -> nn.Module:
+    """PEFT's model. ``cast_adapters`` is its ``autocast_adapter_dtype`` and default: fp32 adapters.
+
+    Without it the adapters have the base's dtype: PEFT's cheapest setting over a bf16 base.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=case.rank,
+        lora_alpha=case.alpha,
+        lora_dropout=case.dropout,
+        target_modules=TARGETS[case.targets],
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(share(base), config, autocast_adapter_dtype=cast_adapters)
+    draw_adapters(model)
+    return model.train()
+
+
+def with_ours(base: nn.Module, case: Case, *, like: nn.Module) -> nn.Module:
+    """This package's adapters, holding the values of the PEFT model ``like``."""
+    from lightning_lora import LoRAConfig, inject_adapters
+
+    model = share(base)
+    config = LoRAConfig(rank=case.rank, alpha=case.alpha, dropout=case.dropout, target_modules=TARGETS[case.targets])
+    inject_adapters(model, config)
+    copy_adapters(like, model)
+    return model.train()
+
+
+def draw_adapters(model: nn.Module, *, seed: int = 1) -> None:
+    """Give every A and B of a PEFT model seeded values, so that no gradient is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in peft_adapters(model).values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def copy_adapters(source: nn.Module, target: nn.Module) -> None:
+    """Copy a PEFT model's A and B into a model of ours.
+
+    Raises:
+        ValueError: If the two do not adapt the same layers: then they would not compute the same.
+    """
+    theirs, ours = peft_adapters(source), our_adapters(target)
+    if theirs.keys() != ours.keys():
+        only = sorted({".".join(key) for key in theirs.keys() ^ ours.keys()})
+        raise ValueError(f"copy_adapters: adapted on one side: {', '.join(only[:6])} ({len(only)} in all)")
+    with torch.no_grad():
+        for key, parameter in ours.items():
+            parameter.copy_(theirs[key])
+
+
+def peft_adapters(model: nn.Module) -> dict[tuple[str, str], nn.Parameter]:
+    """A and B of a PEFT model by (layer, "lora_A" or "lora_B")."""
+    return _adapters(model, _PEFT_KEY)
+
+
+def our_adapters(model: nn.Module) -> dict[tuple[str, str], nn.Parameter]:
+    """A and B of a model of ours by (layer, "lora_A" or "lora_B")."""
+    return _adapters(model, _OUR_KEY)
+
+
+def _adapters(model: nn.Module, pattern: re.Pattern[str]) -> dict[tuple[str, str], nn.Parameter]:
+    found = ((pattern.match(name), parameter) for name, parameter in model.named_parameters())
+    return {(match["layer"], match["factor"]): parameter for match, parameter in found if match}

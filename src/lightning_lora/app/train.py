@@ -1,0 +1,67 @@
+"""One training run, told in the order in which it happens."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import lightning as L
+from omegaconf import DictConfig
+
+from lightning_lora.app.building import Run, build_loggers, build_run, plain
+from lightning_lora.app.loggers import closing, log_config
+from lightning_lora.app.metrics import chosen_metric, logged_metrics, write_metrics
+
+TEST_WEIGHTS = ("live", "last", "best")
+
+
+def train(config: DictConfig) -> float | None:
+    """Build what the configuration names, fit it, test it, and say how good it got.
+
+    With a ``report`` the model is tested before fit too, and the report is written at the end. Every logger
+    is closed before this returns or raises. ``metrics.json`` in ``config.output_dir`` holds what was logged.
+
+    Args:
+        config: The composed ``train.yaml``.
+
+    Returns:
+        The metric named by ``config.optimized_metric``, or None.
+
+    Raises:
+        ValueError: If ``test_weights`` is unknown or the optimized metric was not logged.
+    """
+    started = time.perf_counter()
+    if config.test_weights not in TEST_WEIGHTS:
+        raise ValueError(f"test_weights={config.test_weights!r} is unknown. Choose one of {', '.join(TEST_WEIGHTS)}.")
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    loggers = build_loggers(config)
+    with closing(loggers):
+        log_config(loggers, plain(config))
+        run = build_run(config, loggers=loggers)
+        metrics = _fit_and_test(run, config, started=started)
+        write_metrics(Path(config.output_dir), metrics=metrics, seconds=time.perf_counter() - started)
+        return chosen_metric(metrics, config.optimized_metric)
+
+
+def _fit_and_test(run: Run, config: DictConfig, *, started: float) -> dict[str, float]:
+    """Fit, with tests around it as the configuration asks; return all that was logged."""
+    if run.report is not None:
+        # The adapters are there already, and change nothing yet: this is the base model.
+        run.report.record_before(run.model, _test(run))
+    run.trainer.fit(run.model, datamodule=run.data, ckpt_path=config.ckpt_path)
+    metrics = logged_metrics(run.trainer)
+    if not (config.test_after_fit or run.report is not None):
+        return metrics
+    after = _test(run, weights=config.test_weights)
+    if run.report is not None:
+        run.report.record_after(run.model, after)
+        run.report.write(trainer=run.trainer, lora=run.lora, seconds=time.perf_counter() - started)
+    return {**metrics, **after}
+
+
+def _test(run: Run, *, weights: str = "live") -> dict[str, float]:
+    """Test the model as it is, or with a checkpoint's adapters; return the metrics of all its test sets."""
+    dry = getattr(run.trainer, "fast_dev_run", False)  # keeps no checkpoint to test
+    ckpt_path = None if weights == "live" or dry else weights
+    results = run.trainer.test(run.model, datamodule=run.data, ckpt_path=ckpt_path, verbose=run.report is None)
+    return {name: float(value) for result in results for name, value in result.items()}

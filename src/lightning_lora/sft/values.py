@@ -1,0 +1,98 @@
+"""Values that a message names and the answer copies: sites, contacts, serials, and the words around them."""
+
+from __future__ import annotations
+
+import random
+import zlib
+
+from lightning_lora.sft.pools import pool
+
+SITES = pool(
+    """Leeds|Bremen|Lyon|Porto|Gdansk|Malmo|Turin|Ghent|Aarhus|Bilbao|Cork|Dresden|Exeter|Florence|Graz|
+    Hamburg|Istanbul|Jena|Kiel|Linz|Madrid|Naples|Oslo|Prague|Rotterdam|Seville|Tampere|Utrecht|Vienna|Warsaw|
+    York|Zurich|Boston|Chicago|Dallas|Houston|Denver|Memphis|Portland|Seattle|Toronto|Calgary|Austin|Newport|
+    Preston|Carlisle|Swansea|Derby|Dublin|Geneva|Munich|Nantes|Kingsford|Westbrook|Ashton|Millfield|
+    Harbour Lane|Green Hill|North Quay|Park Road|Old Mill|Stone Bridge|Long Reach|East Dock""",
+    "Basel|Tallinn|Odense|Norwich|Phoenix|Bern|River Gate|Lakeview",
+    """Antwerp|Bristol|Cologne|Durham|Essen|Frankfurt|Glasgow|Helsinki|Krakow|Lisbon|Milan|Oxford|Stuttgart|
+    Tulsa|Valencia|Winnipeg|Brookside|Fairview|South Pier|Mill Road|High Bridge|West Dock""",
+)
+
+FIRST_NAMES = pool(
+    """Maria|Tom|Aisha|Peter|Lena|Carlos|Julia|Omar|Nina|Paul|Grace|Ivan|Emma|Hugo|Sara|David|Laura|Ahmed|
+    Rosa|Simon|Clara|Victor|Alice|Marco|Helen|Felix|Irene|Daniel|Olga|Martin|Sofia|Robert|Eva|Jonas|Ruth|Adam|
+    Diana|Oscar|Vera|Leo""",
+    "Kate|Bruno|Petra|Samir|Joan|Erik",
+    "Anna|George|Monica|Stefan|Linda|Pablo|Susan|Jacob|Teresa|Kevin|Marta|Frank|Nadia|Henry|Paula|Lucas",
+)
+
+LAST_NAMES = pool(
+    """Olsen|Smith|Khan|Novak|Weber|Lopez|Brown|Rossi|Jensen|Dubois|Wright|Petrov|Murphy|Garcia|Fischer|
+    Taylor|Costa|Lindberg|Hughes|Kowalski|Meyer|Santos|Walker|Hansen|Moreau|Cooper|Ricci|Larsen|Adams|Schmidt|
+    Bennett|Vidal|Nowak|Turner|Bauer|Silva|Morgan|Keller|Ramos|Fox""",
+    "Stone|Horak|Leroy|Nilsen|Price|Conti",
+    """Berg|Clark|Romano|Evans|Hoffman|Torres|Young|Marchetti|Virtanen|Collins|Ferrari|Parker|Wagner|Reed|
+    Mendez|Bishop""",
+)
+
+SERIAL_PREFIXES = ("KX", "TV", "RM", "BD")
+
+UNIT_WORDINGS = pool(
+    "serial {u}|unit {u}|no. {u}|it is {u}|tag {u}|machine id {u}|({u})|type plate {u}|ref {u}|asset {u}",
+    "plate reads {u}",
+    "serial number {u}|unit number {u}|the tag says {u}|asset no. {u}",
+)
+
+SITE_WORDINGS = pool(
+    """at our {s} site|in {s}|here in {s}|at the {s} plant|location: {s}|at {s}|in the {s} hall|
+    for the {s} branch|{s} depot""",
+    "over in {s}",
+    "in our {s} plant|site: {s}|at our {s} branch|at the {s} depot",
+)
+
+CONTACT_WORDINGS = pool(
+    """regards, {c}|ask for {c}|the contact is {c}|{c} here|thanks, {c}|please call {c}|best, {c}|
+    my name is {c}|yours, {c}|contact {c} on site|- {c}|{c} will let you in""",
+    "sincerely, {c}",
+    "kind regards, {c}|please ask for {c}|many thanks, {c}|this is {c}|your contact is {c}",
+)
+
+GREETINGS = pool(
+    "hello|hi|hi team|good morning|dear sirs|hey|dear service team|good afternoon|to whom it may concern",
+    "good day",
+    "hello all|dear support|good evening|hi there",
+)
+
+SIGN_OFFS = pool(
+    "thanks|regards|cheers|thank you|best|the night shift|the workshop team|sent from my phone",
+    "thx",
+    "many thanks|kind regards|the day shift|sent from my mobile",
+)
+
+ASIDES = pool(
+    """we bought it in spring|it ran fine all of last year|the same happened in March|
+    your colleague was here two weeks ago|we already checked the fuse|the manual did not help|
+    it is about 6 years old|we are open from 7 to 16|it has run 4200 hours|the door code is at reception|
+    photos will follow|this is the second time|my colleague mentioned it on the phone""",
+    "we tried a restart",
+    """it was installed in autumn|nobody has touched it since|it is the third time this year|
+    the guard will open the gate|we have had it for 8 years|I have attached a picture""",
+)
+
+
+def person(rng: random.Random, split: str) -> str:
+    """Draw a first and a last name of the split."""
+    return f"{rng.choice(FIRST_NAMES.of(split))} {rng.choice(LAST_NAMES.of(split))}"
+
+
+def serial(rng: random.Random, split: str) -> str:
+    """Draw a serial such as ``KX-4821``; a checksum gives each serial to exactly one split."""
+    while True:
+        candidate = f"{rng.choice(SERIAL_PREFIXES)}-{rng.randrange(1000, 10000)}"
+        if serial_split(candidate) == split:
+            return candidate
+
+
+def serial_split(serial_number: str) -> str:
+    """Return the split that owns a serial."""
+    return ("train", "train", "train", "validation", "test")[zlib.crc32(serial_number.encode()) % 5]

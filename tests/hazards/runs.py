@@ -1,0 +1,69 @@
+"""What the hazard tests ask of a run: which tensors it has, what moved, and what a file holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import LoRACallback, LoRAConfig
+from tests.conftest import make_loader
+
+
+def lora(rank: int = 2, alpha: float = 4.0, *, merge: Any = False, **options: Any) -> LoRACallback:
+    """A silent callback."""
+    return LoRACallback(LoRAConfig(rank=rank, alpha=alpha, **options), merge_on_fit_end=merge, print_report=False)
+
+
+def adapters(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all adapter tensors."""
+    return {key: value.clone() for key, value in module.state_dict().items() if ".lora_" in key}
+
+
+def base(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of everything else in the state dict."""
+    return {key: value.clone() for key, value in module.state_dict().items() if ".lora_" not in key}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two states are bitwise the same."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def trained(module: nn.Module) -> bool:
+    """Whether every adapter has left its zero start."""
+    found = {key: value for key, value in adapters(module).items() if key.endswith("lora_B")}
+    return bool(found) and all(bool(value.abs().max() > 0) for value in found.values())
+
+
+def read(path: Any) -> dict[str, Any]:
+    """A checkpoint, opened without unpickling anything but plain types."""
+    return torch.load(Path(path), weights_only=True)
+
+
+def is_adapter_only(path: Any) -> bool:
+    """Whether no state in the file holds anything but adapters."""
+    found = read(path)
+    states = [found[key] for key in ("state_dict", "current_model_state") if key in found]
+    return all(state and all(".lora_" in key for key in state) for state in states)
+
+
+def metric(results: list[Any]) -> float:
+    """The one number that a validate or test run gave."""
+    (values,) = results
+    (value,) = values.values()
+    return float(value)
+
+
+def checkpointing(folder: Path, **options: Any) -> dict[str, Any]:
+    """Trainer options to save into a folder."""
+    callback = pl.callbacks.ModelCheckpoint(dirpath=folder, **{"save_last": True, **options})
+    return {"enable_checkpointing": True, "callbacks": [callback]}
+
+
+def fit(trainer: pl.Trainer, module: pl.LightningModule, *, ckpt_path: Any = None) -> None:
+    """Fit and validate on the fixed data."""
+    trainer.fit(module, make_loader(), make_loader(), ckpt_path=ckpt_path)

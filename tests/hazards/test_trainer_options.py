@@ -1,0 +1,161 @@
+"""Hazard: Trainer options and everyday callbacks that change when steps, saves and hooks happen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    ModelPruning,
+)
+from torch import nn
+
+from lightning_lora import LoRACallback, LoRAConfig, MergeConfig, UnsupportedSetupError
+from tests.conftest import TinyModule, make_loader
+from tests.hazards.runs import adapters, base, equal, fit, is_adapter_only, lora, trained
+
+
+def test_gradient_accumulation_steps_as_one_large_batch_does(make_trainer: Any) -> None:
+    accumulated, large = TinyModule(), TinyModule()
+    make_trainer(callbacks=[lora()], accumulate_grad_batches=2).fit(accumulated, make_loader(), make_loader())
+    loader = make_loader(batch_size=16)
+    make_trainer(callbacks=[lora()]).fit(large, loader, loader)
+    for key, value in adapters(accumulated).items():
+        torch.testing.assert_close(value, adapters(large)[key])
+
+
+def test_gradient_accumulation_scheduler_works_and_resumes(make_trainer: Any, tmp_path: Path) -> None:
+    def run(epochs: int, folder: str, resume: Any = None) -> tuple[TinyModule, str]:
+        module = TinyModule()
+        saver = ModelCheckpoint(dirpath=tmp_path / folder)
+        scheduler = GradientAccumulationScheduler({0: 2, 1: 1})
+        trainer = make_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=[scheduler, lora(), saver])
+        fit(trainer, module, ckpt_path=resume)
+        return module, saver.best_model_path
+
+    whole, _ = run(3, "whole")
+    _, first = run(1, "parts")
+    resumed, _ = run(3, "parts", first)
+    assert equal(whole.state_dict(), resumed.state_dict())
+
+
+def test_early_stopping_stops_and_the_best_checkpoint_loads(make_trainer: Any, tmp_path: Path) -> None:
+    module, saver = TinyModule(), ModelCheckpoint(dirpath=tmp_path, monitor="val_loss")
+    stopper = EarlyStopping("val_loss", min_delta=1e9, patience=1)
+    trainer = make_trainer(max_epochs=9, enable_checkpointing=True, callbacks=[stopper, lora(), saver])
+    fit(trainer, module)
+    assert trainer.current_epoch == 2
+    assert is_adapter_only(saver.best_model_path)
+    trainer.test(module, make_loader(), ckpt_path="best", verbose=False)
+
+
+def test_fast_dev_run_goes_through_the_whole_life(make_trainer: Any, tmp_path: Path) -> None:
+    module, callback = TinyModule(), lora(merge=MergeConfig(output_dir=str(tmp_path / "merged")))
+    make_trainer(fast_dev_run=True, callbacks=[callback]).fit(module, make_loader(), make_loader())
+    assert callback.merge_report is not None
+    assert type(module.head) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log\\(\\)`")
+@pytest.mark.filterwarnings("ignore:`Trainer\\(barebones=True\\)`")
+def test_a_barebones_trainer_trains(capsys: Any) -> None:
+    module = TinyModule()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, barebones=True, callbacks=[LoRACallback(LoRAConfig(rank=2))]
+    )
+    fit(trainer, module)
+    assert trained(module)
+    assert "layers adapted" not in capsys.readouterr().out
+
+
+def test_no_epoch_at_all_leaves_adapters_at_their_start(make_trainer: Any) -> None:
+    module = TinyModule()
+    reference = base(module)
+    fit(make_trainer(max_epochs=0, callbacks=[lora()]), module)
+    assert adapters(module)
+    assert not trained(module)
+    assert equal(base(module), reference)
+
+
+def test_a_callback_that_the_module_configures_itself_works(make_trainer: Any, tmp_path: Path) -> None:
+    class SelfAdapting(TinyModule):
+        def configure_callbacks(self) -> list[pl.Callback]:
+            return [lora(), ModelCheckpoint(dirpath=tmp_path, save_weights_only=True)]
+
+    module = SelfAdapting()
+    trainer = make_trainer(enable_checkpointing=True)
+    fit(trainer, module)
+    assert trained(module)
+    assert is_adapter_only(trainer.checkpoint_callback.best_model_path)
+    fit(make_trainer(enable_checkpointing=True), module)
+    assert is_adapter_only(trainer.checkpoint_callback.best_model_path)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_other_callbacks_may_come_before_or_after(make_trainer: Any, first: bool) -> None:
+    class Recording(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            self.moved = trained(pl_module)
+
+    recording = Recording()
+    callbacks = [lora(), recording] if first else [recording, lora()]
+    fit(make_trainer(callbacks=callbacks), TinyModule())
+    assert recording.moved
+
+
+def test_two_lora_callbacks_are_refused(make_trainer: Any) -> None:
+    trainer = make_trainer(callbacks=[lora(), lora(rank=4)])
+    with pytest.raises(UnsupportedSetupError, match="more than one LoRACallback"):
+        fit(trainer, TinyModule())
+
+
+@pytest.mark.parametrize("subclass_first", [True, False])
+def test_a_lora_callback_and_one_of_a_subclass_are_refused(make_trainer: Any, subclass_first: bool) -> None:
+    class Mine(LoRACallback):
+        pass
+
+    callbacks = [lora(), Mine(LoRAConfig(rank=4))]
+    trainer = make_trainer(callbacks=callbacks[::-1] if subclass_first else callbacks)
+    with pytest.raises(UnsupportedSetupError, match="more than one"):
+        fit(trainer, TinyModule())
+
+
+class Thaw(BaseFinetuning):
+    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
+        self.freeze(pl_module.backbone)
+
+    def finetune_function(self, pl_module: pl.LightningModule, epoch: int, optimizer: Any) -> None:
+        self.unfreeze_and_add_param_group(pl_module.backbone, optimizer)
+
+
+@pytest.mark.parametrize("other", [Thaw, BackboneFinetuning])
+@pytest.mark.parametrize("before", [True, False])
+def test_finetuning_callbacks_are_refused(make_trainer: Any, other: Any, before: bool) -> None:
+    callbacks = [other(), lora()] if before else [lora(), other()]
+    trainer = make_trainer(callbacks=callbacks)
+    with pytest.raises(UnsupportedSetupError, match="freezes and unfreezes the base"):
+        fit(trainer, TinyModule())
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_pruning_callbacks_are_refused(make_trainer: Any, before: bool) -> None:
+    pruning = ModelPruning("l1_unstructured", amount=0.5)
+    trainer = make_trainer(callbacks=[pruning, lora()] if before else [lora(), pruning])
+    with pytest.raises(UnsupportedSetupError, match="ModelPruning prunes the weights of the base"):
+        fit(trainer, TinyModule())
+
+
+def test_a_refused_run_leaves_the_module_usable(make_trainer: Any) -> None:
+    module = TinyModule()
+    with pytest.raises(UnsupportedSetupError):
+        fit(make_trainer(callbacks=[lora(), lora()]), module)
+    fit(make_trainer(callbacks=[lora()]), module)
+    assert trained(module)

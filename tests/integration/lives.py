@@ -1,0 +1,109 @@
+"""The pieces that lives of a run are put together from; imported by tests and by the processes that they start."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+
+from lightning_lora import LoRACallback, LoRAConfig
+
+LIGHTNINGS_ADVICE = [
+    # A frozen norm layer is in eval mode on purpose, and so is what from_pretrained returns.
+    pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode"),
+    # Tests resume and test with fewer callbacks than they trained with, and save into other folders.
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+]
+ADAPTERS = {f"backbone.{index}.adapters.default.lora_{part}" for index in (0, 4) for part in "AB"}
+
+
+class Recorder(Logger):
+    """A logger that keeps every value as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, str, float]] = []
+
+    @property
+    def name(self) -> str:
+        return "recorder"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows += [(step or 0, name, value) for name, value in metrics.items() if name != "epoch"]
+
+    def of(self, name: str) -> list[float]:
+        return [value for _, key, value in self.rows if key == name]
+
+
+def quiet_trainer(folder: Path, *callbacks: pl.Callback, epochs: int = 2, **options: Any) -> pl.Trainer:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": epochs,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
+        "enable_checkpointing": any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
+    }
+    return pl.Trainer(callbacks=list(callbacks), **{**settings, **options})
+
+
+def lora(**options: Any) -> LoRACallback:
+    merge = options.pop("merge_on_fit_end", False)
+    config = LoRAConfig(**{"rank": 2, "alpha": 8.0, **options})
+    return LoRACallback(config, merge_on_fit_end=merge, print_report=False)
+
+
+def best_and_last(folder: Path, **options: Any) -> ModelCheckpoint:
+    settings: dict[str, Any] = {"monitor": "val_loss", "save_top_k": -1, "save_last": True, "filename": "{epoch}"}
+    return ModelCheckpoint(dirpath=folder, **{**settings, **options})
+
+
+def read(path: Any) -> dict[str, Any]:
+    """A checkpoint, opened as safely as torch can."""
+    loaded: dict[str, Any] = torch.load(path, weights_only=True)
+    return loaded
+
+
+def adapters_of(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items() if ".adapters." in key}
+
+
+def base_of(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items() if ".adapters." not in key}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nests of plain values and tensors are equal bit by bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def silence() -> None:
+    """For the processes that tests start."""
+    warnings.simplefilter("ignore")
