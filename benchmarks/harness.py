@@ -114,7 +114,7 @@ def interleave(
     with garbage_collection_paused():
         for index in range(warmup + rounds):
             gc.collect()
-            for name in list(steps):
+            for name in order.sample(list(steps), len(steps)):
                 elapsed = time_once(steps[name], clock)
                 if index >= warmup:
                     seconds[name].append(elapsed)

@@ -26,10 +26,11 @@ def saved_bytes(forward: Callable[[], object], *, exclude: Iterable[Tensor] = ()
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        # Detached, since an output saved by its own node would otherwise hold that node, and so itself, for ever.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()

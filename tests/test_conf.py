@@ -109,9 +109,7 @@ def test_a_foreign_config_borrows_adapter_and_callback_and_nothing_else(tmp_path
 
 
 def test_a_callback_instantiated_without_convert_has_plain_types_too() -> None:
-    config = compose(
-        "experiment=tiny", "adapter.target_modules=[layers.0]", "+adapter.rank_pattern={layers.0:2}"
-    )
+    config = compose("experiment=tiny", "adapter.target_modules=[layers.0]", "+adapter.rank_pattern={layers.0:2}")
     adapter = hydra.utils.instantiate(config.callbacks.lora).config
     values = adapter.to_dict()
     assert not any(OmegaConf.is_config(value) for value in (values, *values.values()))

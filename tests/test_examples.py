@@ -12,14 +12,14 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RUNS = [
-    ("plain_callback.py", [], r"3 layers|2 layers"),
-    ("hydra_project/main.py", ["hydra.run.dir=out"], r"trained (\d+) parameters"),
+    ("plain_callback.py", [], "2 layers adapted"),
 ]
 
 
 def test_every_example_is_run() -> None:
     scripts = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")}
-    assert scripts == {name for name, _, _ in RUNS}
+    in_installed_environments = {"hydra_project/main.py"}  # by test_packaging.py
+    assert scripts == {name for name, _, _ in RUNS} | in_installed_environments
 
 
 @pytest.mark.parametrize(("script", "arguments", "printed"), RUNS, ids=[name for name, _, _ in RUNS])

@@ -56,12 +56,8 @@ def test_second_derivatives_pass_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(call, (x, base, A, B))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
-)
-def test_low_precision_activations_meet_fp32_adapters_within_rounding(
-    dtype: torch.dtype, tolerance: float
-) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_low_precision_activations_meet_fp32_adapters_within_rounding(dtype: torch.dtype, tolerance: float) -> None:
     x, base = draw(8, IN, seed=1, dtype=dtype), draw(8, OUT, seed=2, dtype=dtype)
     A = draw(RANK, IN, seed=3, dtype=torch.float32).requires_grad_()
     B = draw(OUT, RANK, seed=4, dtype=torch.float32).requires_grad_()
@@ -100,9 +96,7 @@ def test_zero_B_leaves_the_base_output_bitwise(dtype: torch.dtype) -> None:
 def test_neither_input_nor_base_output_is_changed() -> None:
     x, base = draw(8, IN, seed=1), draw(8, OUT, seed=2)
     before = x.clone(), base.clone()
-    low_rank_update(
-        x, base, draw(RANK, IN, seed=3), draw(OUT, RANK, seed=4), scaling=1.0, dropout=0.5, training=True
-    )
+    low_rank_update(x, base, draw(RANK, IN, seed=3), draw(OUT, RANK, seed=4), scaling=1.0, dropout=0.5, training=True)
     assert torch.equal(x, before[0])
     assert torch.equal(base, before[1])
 
@@ -112,9 +106,7 @@ def test_dropout_zeroes_its_share_of_the_input_and_scales_up_the_rest() -> None:
     n, p = 4000, 0.3
     identity = torch.eye(n)
     x = torch.ones(1, n)
-    passed = low_rank_update(
-        x, torch.zeros(1, n), identity, identity, scaling=1.0, dropout=p, training=True
-    ).squeeze()
+    passed = low_rank_update(x, torch.zeros(1, n), identity, identity, scaling=1.0, dropout=p, training=True).squeeze()
     kept = passed != 0
     assert abs(kept.float().mean().item() - (1 - p)) < 4 * (p * (1 - p) / n) ** 0.5
     torch.testing.assert_close(passed[kept], torch.full_like(passed[kept], 1 / (1 - p)))
@@ -145,9 +137,7 @@ def test_dropout_expectation_is_the_update_without_dropout() -> None:
     torch.manual_seed(0)
     x, base = draw(1, IN, seed=1).float(), torch.zeros(1, OUT)
     A, B = draw(RANK, IN, seed=3).float(), draw(OUT, RANK, seed=4).float()
-    many = low_rank_update(
-        x.expand(20000, IN), base.expand(20000, OUT), A, B, scaling=1.0, dropout=0.2, training=True
-    )
+    many = low_rank_update(x.expand(20000, IN), base.expand(20000, OUT), A, B, scaling=1.0, dropout=0.2, training=True)
     wanted = low_rank_update(x, base, A, B, scaling=1.0).squeeze()
     standard_error = many.std(0) / 20000**0.5
     assert ((many.mean(0) - wanted).abs() < 5 * standard_error).all()

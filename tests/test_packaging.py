@@ -96,21 +96,18 @@ def test_a_foreign_hydra_project_composes_our_groups(
     installed: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     python: Path = request.getfixturevalue(installed)
-    origin = run(python, "-c", "import lightning_lora; print(lightning_lora.__file__)", cwd=tmp_path).strip()
+    find = "from importlib.util import find_spec; print(find_spec('lightning_lora').origin)"
+    origin = run(python, "-c", find, cwd=tmp_path).strip()
     expected = ROOT / "src" if installed == "installed_editable" else python.parents[1]
     assert Path(origin).is_relative_to(expected)
 
-    composed = run(
-        python, FOREIGN / "main.py", "--cfg", "job", "--resolve", "adapter=lora_tied", cwd=tmp_path
-    )
+    composed = run(python, FOREIGN / "main.py", "--cfg", "job", "--resolve", "adapter=lora_tied", cwd=tmp_path)
     assert "alpha: 4" in composed
     trained = run(python, FOREIGN / "main.py", "hydra.run.dir=out", cwd=tmp_path)
     assert "trained 88 parameters" in trained
 
 
-def test_an_editable_install_serves_the_files_that_are_edited(
-    installed_editable: Path, tmp_path: Path
-) -> None:
+def test_an_editable_install_serves_the_files_that_are_edited(installed_editable: Path, tmp_path: Path) -> None:
     code = (
         "from importlib.resources import files; from pathlib import Path; "
         "print(Path(str(files('lightning_lora.conf'))).resolve())"
@@ -120,6 +117,4 @@ def test_an_editable_install_serves_the_files_that_are_edited(
 
 def test_the_installed_command_runs(installed_wheel: Path, tmp_path: Path) -> None:
     script = installed_wheel.with_name("lightning-lora")
-    assert "rank: 8" in run(
-        script, "train", "experiment=tiny", "adapter.rank=8", "--cfg", "job", cwd=tmp_path
-    )
+    assert "rank: 8" in run(script, "train", "experiment=tiny", "adapter.rank=8", "--cfg", "job", cwd=tmp_path)

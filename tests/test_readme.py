@@ -30,9 +30,7 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_the_python_blocks_of_a_page_run_one_after_the_other(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,9 +67,7 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
 
 
 def test_the_two_commands_stand_in_the_readme() -> None:
-    assert {"demo", "test"} <= {
-        word for page, words in commands("make") if page == "README.md" for word in words
-    }
+    assert {"demo", "test"} <= {word for page, words in commands("make") if page == "README.md" for word in words}
 
 
 def test_there_is_something_to_test() -> None:

@@ -172,9 +172,7 @@ def test_a_merge_whose_outputs_were_not_compared_logs_no_number_for_them(tmp_pat
 def test_only_rank_zero_logs(rank: int, logs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", rank_zero_only.rank)  # restored at the end
     logger = PlainLogger()
-    trainer = L.Trainer(
-        logger=[logger], default_root_dir=tmp_path, accelerator="cpu", strategy="ddp", devices=2
-    )
+    trainer = L.Trainer(logger=[logger], default_root_dir=tmp_path, accelerator="cpu", strategy="ddp", devices=2)
     trainer.strategy.cluster_environment.set_global_rank(rank)
     log_run(trainer, hyperparameters=HYPERPARAMETERS, report=INJECTION)
     log_checkpoint_bytes(trainer, 4096)

@@ -17,7 +17,7 @@ from lightning_lora.averaging import prepare_averaging
 from lightning_lora.checkpoint import MANIFEST
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.fit_end import check_merge, merge_at_fit_end
-from lightning_lora.guards import check_still_frozen, check_trainer, explain, warn_of_eval_mode
+from lightning_lora.guards import check_still_frozen, check_trainer, explain, warn_of_eval_mode, warn_of_idle
 from lightning_lora.hooks import patch_checkpoints, patch_run, unpatch_run
 from lightning_lora.injection import extend_adapters
 from lightning_lora.layers import adapted_layers
@@ -91,6 +91,7 @@ class LoRACallback(pl.Callback):
         if optimizers:
             prune_frozen(optimizers)
             require_trainable(pl_module, optimizers)
+            warn_of_idle(optimizers)
             restored = getattr(trainer._checkpoint_connector, "_loaded_checkpoint", {})
             if "optimizer_states" in restored:
                 require_matching_state(optimizers, restored["optimizer_states"])

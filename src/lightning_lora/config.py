@@ -20,7 +20,7 @@ class AdapterConfig(ABC):
 
     A *pattern* is one rule everywhere: it matches a module's dotted name, or any ending of it that starts after a dot.
     It is a plain name (``"q_proj"``, ``"attn.proj"``), a wildcard (``"layers.*.q_proj"``), or a regular expression
-    when it holds any of ``\ ^ $ ( ) [ ] { } | + ?`` (``"layers\.[0-3]\..*_proj"``).
+    when it holds any of ``\ ^ $ ( ) [ ] { } | + ?`` or starts with ``.*`` (``"layers\.[0-3]\..*_proj"``).
 
     Attributes:
         rank: Inner dimension of the update.

@@ -17,7 +17,6 @@ from lightning_lora.record import Record
 from lightning_lora.targets.patterns import canonical
 
 SAMPLES_PER_TENSOR = 8
-_DTYPES = {"float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8"}
 
 
 def base_fingerprint(module: nn.Module, record: Record) -> dict[str, Any]:
@@ -42,12 +41,11 @@ def base_fingerprint(module: nn.Module, record: Record) -> dict[str, Any]:
 def is_fingerprint(value: Mapping[str, Any]) -> bool:
     """Whether ``value`` has the form that :func:`base_fingerprint` returns."""
     tensors, samples = value.get("tensors"), value.get("samples")
-    if not isinstance(tensors, dict) or not isinstance(samples, Tensor) or samples.ndim != 1:
+    if not isinstance(tensors, dict) or not all(isinstance(n, str) and _is_entry(e) for n, e in tensors.items()):
         return False
-    entries = list(tensors.values())
-    if not all(isinstance(entry, list) and entry and entry[0] in _DTYPES for entry in entries):
+    if not isinstance(samples, Tensor) or samples.ndim != 1 or samples.dtype != torch.float32:
         return False
-    return all(isinstance(n, int) for entry in entries for n in entry[1:]) and len(samples) == sum(_lengths(tensors))
+    return len(samples) == sum(_lengths(tensors))
 
 
 def describe_difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
@@ -72,6 +70,13 @@ def describe_difference(found: dict[str, Any], expected: dict[str, Any]) -> str 
     return (
         f"the values of {len(different)} of {len(names)} parameters differ: {_some(different)}" if different else None
     )
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
+        return False
+    known = isinstance(getattr(torch, entry[0], None), torch.dtype)
+    return known and all(isinstance(size, int) and size >= 0 for size in entry[1:])
 
 
 def _base_parameters(module: nn.Module, record: Record) -> dict[str, Tensor]:
@@ -102,7 +107,10 @@ def _lengths(tensors: Mapping[str, list[Any]]) -> list[int]:
 def _agree(a: Tensor, b: Tensor, dtype: str, other: str) -> bool:
     if dtype == other:
         return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-    rounding = max(torch.finfo(getattr(torch, name)).eps for name in (dtype, other))
+    dtypes = [getattr(torch, name) for name in (dtype, other)]
+    if not all(d.is_floating_point for d in dtypes):
+        return False
+    rounding = max(torch.finfo(d).eps for d in dtypes)
     return torch.allclose(a, b, rtol=2 * rounding, atol=1e-7, equal_nan=True)  # fp16 loses what is below 6e-8
 
 

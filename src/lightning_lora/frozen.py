@@ -63,13 +63,16 @@ def keep_base_as_is(root: nn.Module, *, saved: Collection[str] = ()) -> list[str
         Dotted names of all norm layers whose statistics are kept.
     """
     kept: list[str] = []
+    holders = _holders(root)
     for name, child in list(root.named_modules()):
         if isinstance(child, FrozenStatistics):
             kept.append(name)
         elif _tracks_statistics(child) and f"{name}.running_mean" not in saved:
-            was_training = child.training
+            # What holds it is put in another mode meanwhile, and the norm would have been with it.
+            follows = child in holders and holders[child].training == child.training
+            own_mode = None if follows else child.training
             swap_class(child, FrozenStatistics)
-            child._lightning_lora_mode = was_training
+            child.__dict__["_lightning_lora_mode"] = own_mode
             child.training = False
             kept.append(name)
         elif isinstance(child, _FAST_PATHS) and not isinstance(child, SwappedClass) and _has_adapters(child):
@@ -79,9 +82,11 @@ def keep_base_as_is(root: nn.Module, *, saved: Collection[str] = ()) -> list[str
 
 def release_base(root: nn.Module) -> None:
     """Undo :func:`keep_base_as_is`."""
+    holders = _holders(root)
     for child in list(root.modules()):
         if isinstance(child, FrozenStatistics):
-            child.training = child.__dict__.pop("_lightning_lora_mode")
+            own_mode = child.__dict__.pop("_lightning_lora_mode")
+            child.training = holders[child].training if own_mode is None else own_mode
             restore_class(child)
         elif isinstance(child, WithoutFastPath):
             restore_class(child)
@@ -89,6 +94,11 @@ def release_base(root: nn.Module) -> None:
 
 def _tracks_statistics(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.track_running_stats and not isinstance(module, SwappedClass)
+
+
+def _holders(root: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The module that holds each module inside ``root``."""
+    return {child: holder for holder in root.modules() for child in holder.children()}
 
 
 def _has_adapters(module: nn.Module) -> bool:

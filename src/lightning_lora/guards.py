@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.averaging import AVERAGING
@@ -110,6 +112,16 @@ def warn_of_eval_mode(module: nn.Module) -> None:
             f"{silent[0]!r} (from_pretrained returns a model in eval mode, and Lightning keeps it). Call .train() on "
             "the model in your LightningModule's __init__ if you want its dropout; the adapters' own dropout acts."
         )
+
+
+def warn_of_idle(optimizers: Sequence[Optimizer]) -> None:
+    """Warn of optimizers that hold nothing any more: what they are for stays as it is."""
+    for index, optimizer in enumerate(optimizers):
+        if not any(group["params"] for group in optimizer.param_groups):
+            rank_zero_warn(
+                f"optimizer {index} ({type(optimizer).__name__}) holds only frozen parameters and will do nothing: adapt "
+                "a layer of that module (target_modules), or train it in full (modules_to_save)."
+            )
 
 
 def explain(exception: BaseException) -> None:

@@ -19,6 +19,7 @@ from lightning_lora.record import Record, drop_record, find_nested_record, find_
 from lightning_lora.report import InjectionReport, LayerRow
 from lightning_lora.targets import Pattern, Selection, select_targets
 from lightning_lora.targets.patterns import canonical
+from lightning_lora.targets.patterns import canonical
 
 
 def inject_adapters(module: nn.Module, config: AdapterConfig, *, name: str = "default") -> InjectionReport:
@@ -134,7 +135,8 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer, names in zip(layers, active, strict=True):
-            layer.active = names
+            if isinstance(layer, AdaptedLayer):  # else its adapters were removed or merged meanwhile
+                layer.active = names
 
 
 def base_buffers(module: nn.Module, record: Record) -> Iterator[tuple[str, Tensor]]:
@@ -197,7 +199,7 @@ def _attach(module: nn.Module, selection: Selection, config: AdapterConfig, name
     for target in selection.targets:
         layer = attach_adapter(module.get_submodule(target.name), name)
         if name not in layer.adapters:
-            adapter = config.make_adapter(layer, layer_name=target.name, rank=target.rank, alpha=target.alpha)
+            adapter = config.make_adapter(layer, layer_name=canonical(target.name), rank=target.rank, alpha=target.alpha)
             layer.adapters[name] = adapter.train(layer.training)
 
 

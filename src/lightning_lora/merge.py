@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +58,12 @@ class MergeConfig:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {self.source!r}.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be None or one of {', '.join(DTYPES)}; got {self.dtype!r}.")
-        if self.output_dir is not None and not str(self.output_dir).strip():
-            raise ValueError("output_dir must be None or the path of a folder.")
+        if self.output_dir is not None and (
+            not isinstance(self.output_dir, (str, os.PathLike)) or not str(self.output_dir).strip()
+        ):
+            raise ValueError(f"output_dir must be None or the path of a folder, got {self.output_dir!r}.")
+        if not isinstance(self.in_place, bool):
+            raise ValueError(f"in_place must be True or False, got {self.in_place!r}.")
         if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)) or not self.tolerance > 0:
             raise ValueError(f"tolerance must be a positive number, got {self.tolerance!r}.")
 

@@ -1,5 +1,7 @@
 """Saved-for-backward and peak bytes, on graphs whose bytes can be counted by hand."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -42,14 +44,26 @@ def test_excluded_tensors_do_not_count_and_the_same_ones_do_without_the_exclusio
 
 
 def test_addresses_handed_out_again_are_counted_again():
-    """Tensors that die during the forward must not hide later ones at the same address."""
-    weight = leaf(256)
+    """A tensor that dies during the forward must not hide a later one at the same address."""
+    weight = leaf(256 * KIB)
 
     def forward():
         for _ in range(8):
-            (weight.exp()).sum()
+            (weight * torch.ones(256 * KIB)).sum()
 
-    assert saved_bytes(forward, exclude=[weight]) == 8 * KIB
+    assert saved_bytes(forward, exclude=[weight]) == 8 * 1024 * KIB
+
+
+def test_nothing_that_was_counted_is_kept_alive():
+    weight, outputs = leaf(256), []
+
+    def forward():
+        output = weight.exp()
+        outputs.append(weakref.ref(output))
+        return output.sum()
+
+    assert saved_bytes(forward, exclude=[weight]) == KIB
+    assert outputs[0]() is None
 
 
 def test_counting_saved_bytes_leaves_gradients_right():

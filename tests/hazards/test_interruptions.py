@@ -44,6 +44,13 @@ class Interrupted(TinyModule):
         super().validation_step(batch, batch_idx)
 
 
+# Lightning's words to whoever lists OnExceptionCheckpoint: it looks for a file to go on from.
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:`\.fit\(ckpt_path=None\)` was called without a model"),
+    pytest.mark.filterwarnings(r"ignore:\.fit\(ckpt_path=.last.\) is set, but there is no last checkpoint"),
+]
+
+
 @pytest.fixture(autouse=True)
 def _keep_signal_handlers() -> Iterator[None]:
     # Lightning ignores SIGINT for the rest of the process once it has seen Ctrl-C.

@@ -82,12 +82,12 @@ def test_learning_rate_finder_and_then_a_resume(make_trainer: Any, tmp_path: Pat
 @pytest.mark.parametrize("before", [True, False], ids=["listed before us", "listed after us"])
 def test_batch_size_finder_grows_the_batch_and_nothing_else(make_trainer: Any, before: bool) -> None:
     module, files = Tunable(), Remembering()
-    scaler = BatchSizeFinder(steps_per_trial=1, max_trials=3)
+    scaler = BatchSizeFinder(steps_per_trial=1, max_trials=2)
     callbacks = [scaler, lora()] if before else [lora(), scaler]
     make_trainer(max_epochs=2, callbacks=callbacks, plugins=[files]).fit(module)
-    assert module.batch_size == 8
+    assert module.batch_size == 4
     reference = Tunable()
-    reference.batch_size = 8
+    reference.batch_size = 4
     make_trainer(max_epochs=2, callbacks=[lora()]).fit(reference)
     assert equal(adapters(module), adapters(reference))
     assert files.adapter_only == [True]
@@ -109,7 +109,7 @@ def test_tuner_lr_find_leaves_fresh_adapters_and_a_module_that_fits(make_trainer
 def test_tuner_scale_batch_size_leaves_fresh_adapters_and_a_module_that_fits(make_trainer: Any) -> None:
     module = Tunable()
     trainer = make_trainer(callbacks=[lora()])
-    assert Tuner(trainer).scale_batch_size(module, steps_per_trial=1, max_trials=3) == 8
+    assert Tuner(trainer).scale_batch_size(module, steps_per_trial=1, max_trials=2) == 4
     assert not trained(module)
     trainer.fit(module)
     assert trained(module)

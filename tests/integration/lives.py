@@ -22,6 +22,9 @@ LIGHTNINGS_ADVICE = [
     # Tests resume and test with fewer callbacks than they trained with, and save into other folders.
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    # Said of any fit with an OnExceptionCheckpoint, which resumes from its file if there is one.
+    pytest.mark.filterwarnings("ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint"),
+    pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model"),
 ]
 ADAPTERS = {f"backbone.{index}.adapters.default.lora_{part}" for index in (0, 4) for part in "AB"}
 

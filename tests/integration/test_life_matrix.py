@@ -70,6 +70,22 @@ class Losses(pl.Callback):
         self.values.append(trainer.callback_metrics["val_loss"].item())
 
 
+class Steps(pl.Callback):
+    """Notes the steps that a fit takes, and the adapters that it starts from."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.adapters: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.adapters = adapters_of(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen.append(trainer.global_step)
+
+
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Life]:
     """Each life is lived once, when a test first asks for it."""
@@ -215,10 +231,13 @@ def test_a_checkpoint_saved_on_an_exception_holds_the_adapters_of_that_moment(li
     for path in (tmp_path / "checkpoints").glob("*.ckpt"):
         assert set(read(path)["state_dict"]) == ADAPTERS
 
-    resumed = quiet_trainer(tmp_path, lora())
+    # The same script once more: Lightning takes the file up by itself.
+    steps = Steps()
+    resumed = quiet_trainer(tmp_path, lora(), steps, OnExceptionCheckpoint(tmp_path))
     with pytest.warns(UserWarning, match="dataloader is not resumable"):
-        resumed.fit(life.fresh(), loader(), loader(), ckpt_path=tmp_path / "on_exception.ckpt")
-    assert resumed.global_step == 2 * STEPS_PER_EPOCH
+        resumed.fit(life.fresh(), loader(), loader())
+    assert steps.seen == list(range(failing_step, 2 * STEPS_PER_EPOCH))
+    assert same(steps.adapters, saved["state_dict"])
 
 
 @pytest.mark.parametrize("build", BUILDS)

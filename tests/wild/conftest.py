@@ -10,7 +10,7 @@ import pytest
 from tests.wild.life import Life, load_case
 
 HERE = Path(__file__).parent
-CASES = ("language", "vision", "time_series", "graph", "manual_optimization")
+CASES = ("language", "vision", "time_series", "transformer_series", "graph", "manual_optimization")
 
 collect_ignore_glob = ["cases/*"]  # they import packages that may be absent, and take seconds to import
 

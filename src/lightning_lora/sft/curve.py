@@ -24,9 +24,7 @@ def draw_loss_curve(curve: Mapping[str, Sequence[tuple[int, float]]], path: Path
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError(
-            "The loss curve is drawn with matplotlib. Run: pip install matplotlib"
-        ) from error
+        raise MissingDependencyError("The loss curve is drawn with matplotlib. Run: pip install matplotlib") from error
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: it would choose a window system and keep the figure alive
     axes = figure.add_subplot()

@@ -79,12 +79,8 @@ class JSONTask(L.LightningDataModule):
         shots = tuple(self.examples("train", self.shots)) if self.shots else ()
         for split in missing:
             examples = self.examples(split, self.sizes[split])
-            prompts = [
-                chat_prompt(example.text, instruction=self.instruction, shots=shots) for example in examples
-            ]
-            encoded = [
-                encode(p, example.answer, tokenizer) for p, example in zip(prompts, examples, strict=True)
-            ]
+            prompts = [chat_prompt(example.text, instruction=self.instruction, shots=shots) for example in examples]
+            encoded = [encode(p, example.answer, tokenizer) for p, example in zip(prompts, examples, strict=True)]
             size = self.batch_size if split == "train" else self.eval_batch_size
             self._batches[split] = [
                 collate(rows, pad_id=tokenizer.pad_token_id) for rows in length_buckets(encoded, size)

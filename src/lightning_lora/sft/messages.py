@@ -90,9 +90,7 @@ def company_messages(split: str, size: int, *, seed: int = 0) -> list[Example]:
 def _draw_ticket(rng: random.Random, split: str) -> tuple[Ticket, str]:
     line = rng.choice(list(MACHINES))
     ticket = Ticket(
-        units=tuple(
-            serial(rng, split) for _ in range(rng.choices((0, 1, 2, 3), weights=(20, 50, 20, 10))[0])
-        ),
+        units=tuple(serial(rng, split) for _ in range(rng.choices((0, 1, 2, 3), weights=(20, 50, 20, 10))[0])),
         line=line,
         topic=rng.choice(list(TOPICS)),
         flag=rng.choice(list(FLAGS)),

@@ -72,9 +72,7 @@ class ExactMatch(_AnswerMetric):
 
     def update(self, answers: Sequence[str], expected: Sequence[str]) -> None:
         """Count a batch of answers against what was expected."""
-        self.right += sum(
-            _same_object(answer, wanted) for answer, wanted in zip(answers, expected, strict=True)
-        )
+        self.right += sum(_same_object(answer, wanted) for answer, wanted in zip(answers, expected, strict=True))
         self.total += len(answers)
 
 

@@ -77,9 +77,7 @@ def cache_folder() -> Path:
 def _floating_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
-            f"dtype={name!r} is not a floating torch dtype; use 'float32', 'bfloat16' or 'float16'."
-        )
+        raise ValueError(f"dtype={name!r} is not a floating torch dtype; use 'float32', 'bfloat16' or 'float16'.")
     return dtype
 
 

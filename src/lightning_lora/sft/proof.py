@@ -67,7 +67,5 @@ def _ask_stranger(model_folder: Path, request: dict[str, Any]) -> dict[str, Any]
             raise MergeError(f"A new process could not answer with {model_folder}:\n{done.stderr[-2000:]}")
         response: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if response["imported_from_lightning_lora"]:
-        raise MergeError(
-            f"The proof is void, it imported {', '.join(response['imported_from_lightning_lora'])}."
-        )
+        raise MergeError(f"The proof is void, it imported {', '.join(response['imported_from_lightning_lora'])}.")
     return response

@@ -119,9 +119,7 @@ class BeforeAfterReport:
         folder = find_model_folder(Path(merge["folder"])) if merge.get("folder") else None
         samples = self.after.samples[: self.proof_samples] if self.after else []
         if folder is not None and samples:
-            merge |= {"model_folder": str(folder)} | compare_answers(
-                folder, samples, max_new_tokens=max_new_tokens
-            )
+            merge |= {"model_folder": str(folder)} | compare_answers(folder, samples, max_new_tokens=max_new_tokens)
         return merge
 
     def _shown(self) -> list[dict[str, str]]:
@@ -146,9 +144,7 @@ class BeforeAfterReport:
         console.print(size_line(report))
         for line in merge_lines(report["merge"]):
             console.print(line)
-        console.print(
-            f"{report['seconds']:.0f} s in all; {REPORT_FILE} and {CURVE_FILE} are in {self.output_dir}"
-        )
+        console.print(f"{report['seconds']:.0f} s in all; {REPORT_FILE} and {CURVE_FILE} are in {self.output_dir}")
 
 
 def _scores(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -16,9 +16,7 @@ _LONGEST_ANSWER = 400
 
 def score_table(report: dict[str, Any]) -> Table:
     """Scores before and after, side by side."""
-    table = Table(
-        title=f"{report['base']}: {report['test_samples']} unseen test messages", title_justify="left"
-    )
+    table = Table(title=f"{report['base']}: {report['test_samples']} unseen test messages", title_justify="left")
     for column in ("", "before", "after"):
         table.add_column(column, justify="right" if column else "left")
     before, after = report["before"], report["after"]
@@ -30,9 +28,7 @@ def score_table(report: dict[str, Any]) -> Table:
 
 def sample_table(samples: Sequence[dict[str, str]]) -> Table:
     """A few messages with the answer that is right, the one before and the one after."""
-    table = Table(
-        title="The same messages before and after", title_justify="left", show_header=False, show_lines=True
-    )
+    table = Table(title="The same messages before and after", title_justify="left", show_header=False, show_lines=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for sample in samples:

@@ -8,9 +8,10 @@ import functools
 import re
 from collections.abc import Iterable
 
-_REGEX_CHARACTERS = re.compile(r"[\\^$()\[\]{}|+?]|\.\*")
+# No name begins with a dot, so a leading ".*" can't be a wildcard; elsewhere "layers.*.q_proj" is one.
+_REGEX_CHARACTERS = re.compile(r"[\\^$()\[\]{}|+?]|^\.\*")
 # Wrappers insert these into module names without being part of the user's model.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def canonical(name: str) -> str:
@@ -20,9 +21,7 @@ def canonical(name: str) -> str:
         >>> canonical("model._orig_mod.layers.0")
         'model.layers.0'
     """
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) if "_mod" in name else name
 
 
 @functools.cache

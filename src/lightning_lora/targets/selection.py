@@ -221,20 +221,20 @@ def _blockers(root: nn.Module, modules: Mapping[str, nn.Module], saved: frozense
     inside_attention = {id(child.out_proj) for child in modules.values() if isinstance(child, nn.MultiheadAttention)}
     blockers: dict[str, str] = {}
     for name, layer in modules.items():
-        if host_of(layer) is None:
-            continue
-        weight = getattr(layer, "weight", None)
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
             raise UnsupportedSetupError(
                 f"{name!r} is a lazy layer whose shape is not known yet. Run one batch through the module before fit, "
-                "or give the layer its in_features."
+                "or give the layer its sizes."
             )
+        if host_of(layer) is None:
+            continue
+        weight = getattr(layer, "weight", None)
         if any(name == other or name.startswith(other + ".") for other in saved):
             blockers[name] = "trained in full (modules_to_save)"
         elif id(layer) in inside_attention:
             blockers[name] = "nn.MultiheadAttention uses this weight without calling the layer"
-        elif parametrize.is_parametrized(layer) or hasattr(layer, "weight_g"):
-            blockers[name] = "its weight is parametrized (weight_norm, spectral_norm): remove that first"
+        elif parametrize.is_parametrized(layer) or not isinstance(layer._parameters.get("weight"), nn.Parameter):
+            blockers[name] = "its weight is computed from others (weight_norm, spectral_norm, pruning): undo that first"
         elif not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
             blockers[name] = f"its weight is not a dense floating-point tensor ({original_class(layer).__name__})"
         elif id(weight) in shared:

@@ -25,7 +25,7 @@ from lightning_lora import LoRAConfig  # noqa: E402
 
 PACKAGE = "kaiko-eva"
 LORA = LoRAConfig(
-    rank=2, dropout=0.1, target_modules="all-linear", exclude_modules=("head.1",), modules_to_save=("head.1",)
+    rank=2, dropout=0.1, target_modules="all-linear", exclude_modules=["pooler"], modules_to_save=["head.1"]
 )
 
 
