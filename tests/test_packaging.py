@@ -18,6 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOREIGN = ROOT / "examples" / "hydra_project"
 
+pytestmark = pytest.mark.slow
+
 
 def run(*command: str | Path, cwd: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -67,6 +67,15 @@ class Adapter(nn.Module, ABC):
         # A user may load base weights after the injection (in setup(), say): base files have no adapter keys.
         # Our own loading compares the adapter keys explicitly, so nothing is dropped unseen.
         absent: list[str] = []
+        self._widen_for(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs)
         if len(absent) < len(self._parameters):
             missing_keys.extend(absent)
+
+    def _widen_for(self, state_dict: Any, prefix: str) -> None:
+        # precision="64-true" widens the module only after a resume has restored it: what is in the file decides.
+        for key, parameter in self._parameters.items():
+            found = state_dict.get(prefix + key)
+            wider = isinstance(found, Tensor) and found.is_floating_point() and parameter is not None
+            if wider and found.dtype.itemsize > parameter.dtype.itemsize:
+                parameter.data = parameter.data.to(found.dtype)

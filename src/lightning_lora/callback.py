@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.averaging import prepare_averaging
-from lightning_lora.checkpoint import MANIFEST
+from lightning_lora.checkpoint_file import MANIFEST
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.fit_end import check_merge, merge_at_fit_end
 from lightning_lora.guards import check_still_frozen, check_trainer, explain, warn_of_eval_mode, warn_of_idle
@@ -93,8 +93,8 @@ class LoRACallback(pl.Callback):
             require_trainable(pl_module, optimizers)
             warn_of_idle(optimizers)
             restored = getattr(trainer._checkpoint_connector, "_loaded_checkpoint", {})
-            if "optimizer_states" in restored:
-                require_matching_state(optimizers, restored["optimizer_states"])
+            if restored:
+                require_matching_state(optimizers, restored)
             if "random_state" in restored.get(MANIFEST, {}):
                 resume_random_state(trainer, restored[MANIFEST]["random_state"])
         if self.print_report and trainer.is_global_zero and not trainer.barebones:

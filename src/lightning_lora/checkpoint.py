@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.checkpoint_file import MANIFEST
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError, MergeError
 from lightning_lora.fingerprint import base_fingerprint, describe_difference, is_fingerprint
 from lightning_lora.injection import base_buffers, checksum
@@ -20,7 +21,6 @@ from lightning_lora.record import Record, find_record
 from lightning_lora.targets.patterns import canonical
 from lightning_lora.version import __version__
 
-MANIFEST = "lightning_lora"
 FORMAT = 1
 # WeightAveraging keeps the averaged state under "state_dict" and the live one under the second key.
 STATES = ("state_dict", "current_model_state")
@@ -104,7 +104,7 @@ def complete_base(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> No
     for entry in STATES:
         if entry in checkpoint:
             state = {canonical(key): value for key, value in checkpoint[entry].items()}
-            _compare_tensors(state, live, wanted, base.intersection(found["buffers"]) | set(found["saved"]))
+            _compare_tensors(state, live, wanted, base.intersection(found["buffers"]))
             checkpoint[entry] = {key: state.get(name, value) for name, (key, value) in live.items()}
     _compare_settings(found["layers"], _layer_settings(module))
     difference = describe_difference(found["base"], base_fingerprint(module, record))
@@ -127,20 +127,37 @@ def read_manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             "This checkpoint holds no lightning_lora adapters: it was saved without LoRACallback. To start from its "
             "weights, load them into the module first (load_from_checkpoint) and fit without ckpt_path."
         )
-    if not isinstance(found, Mapping) or not isinstance(found.get("format"), int):
+    number = found.get("format") if isinstance(found, Mapping) else None
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise CheckpointError("The lightning_lora manifest in this checkpoint is damaged: it has no format number.")
-    if found["format"] > FORMAT:
+    if number > FORMAT:
         raise CheckpointError(
-            f"This checkpoint has format {found['format']} (lightning_lora {found.get('version')}); this version "
+            f"This checkpoint has format {number} (lightning_lora {found.get('version')}); this version "
             f"reads up to {FORMAT}. Upgrade lightning_lora."
         )
-    parts = {"configs": dict, "layers": dict, "adapters": list, "saved": list, "buffers": list, "base": dict}
-    broken = [key for key, kind in parts.items() if not isinstance(found.get(key), kind)]
-    if not broken and not is_fingerprint(found["base"]):
-        broken = ["base"]
+    broken = _broken_parts(found)
     if broken:
-        raise CheckpointError(f"The lightning_lora manifest in this checkpoint is damaged: {', '.join(broken)}.")
+        raise CheckpointError(
+            f"The lightning_lora manifest in this checkpoint is damaged: {', '.join(broken)}. Use another checkpoint."
+        )
     return dict(found)
+
+
+def _broken_parts(found: Mapping[str, Any]) -> list[str]:
+    configs, changes = found.get("configs"), found.get("hyper_parameters", {})
+    right = {
+        "configs": isinstance(configs, dict) and configs != {} and all(isinstance(c, dict) for c in configs.values()),
+        "layers": isinstance(found.get("layers"), dict),
+        **{key: _is_names(found.get(key)) for key in ("adapters", "saved", "buffers")},
+        "base": isinstance(found.get("base"), dict) and is_fingerprint(found["base"]),
+        "optimizers": _is_names(found.get("optimizers", [])),
+        "hyper_parameters": isinstance(changes, dict) and all(_is_names(names) for names in changes.values()),
+    }
+    return [key for key, usable in right.items() if not usable]
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def changed_buffers(module: nn.Module, record: Record, state: Mapping[str, Any]) -> set[str]:
@@ -189,16 +206,24 @@ def _compare_tensors(
     if unexpected:
         problems.append(f"in the file, but not trained by this configuration: {_some(unexpected)}")
     for key in sorted(set(state) & set(live)):
-        value, expected = state[key], live[key][1]
-        if not isinstance(value, Tensor) or value.shape != expected.shape:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            problems.append(f"{key} is {shape} in the file and {tuple(expected.shape)} here")
+        value, expected = _form(state[key]), _form(live[key][1])
+        if value != expected:
+            problems.append(f"{key} is {value} in the file and {expected} here")
     if problems:
         raise AdapterMismatchError(
             "The adapters in this checkpoint do not fit the module: "
             + "; ".join(problems[:4])
             + ". Use the configuration it was trained with (rank, target_modules, layers, modules_to_save)."
         )
+
+
+def _form(value: Any) -> str:
+    """What a tensor has to have in common with the one that it replaces; its precision may differ."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    kind = "complex " if value.is_complex() else "" if value.is_floating_point() else "integer "
+    storage = "meta " if value.is_meta else "" if value.layout == torch.strided else f"{value.layout} "
+    return f"{storage}{kind}{tuple(value.shape)}"
 
 
 def _compare_settings(found: Mapping[str, Any], live: Mapping[str, Any]) -> None:
@@ -213,24 +238,3 @@ def _compare_settings(found: Mapping[str, Any], live: Mapping[str, Any]) -> None
 
 def _some(names: list[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def read_checkpoint(path: Any, *, map_location: Any = "cpu") -> dict[str, Any]:
-    """Open a checkpoint file without running code from it.
-
-    Raises:
-        CheckpointError: If the file is absent, damaged, or needs unpickling of anything but plain types.
-    """
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"There is no checkpoint at {path}.") from None
-    except Exception as error:  # truncated zip, not a zip, hostile pickle: torch raises many types
-        raise CheckpointError(
-            f"{path} can't be opened as a checkpoint of plain tensors: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}. It is damaged, or not a checkpoint, or "
-            "holds Python objects, which are never unpickled."
-        ) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is no Lightning checkpoint: it has no 'state_dict'.")
-    return checkpoint

@@ -21,6 +21,7 @@ from lightning_lora.checkpoint import adapter_keys
 from lightning_lora.errors import MergeError
 from lightning_lora.layers import AdaptedLayer
 from lightning_lora.merge import DTYPES, MergeConfig, MergeReport, merged_matrices, unused_folder
+from lightning_lora.targets.patterns import canonical
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> Path:
@@ -74,7 +75,7 @@ def write_merged(module: nn.Module, path: Path, config: MergeConfig, *, checkpoi
         torch.save({**checkpoint, "state_dict": state}, folder / "merged.ckpt")
         for name, model in _transformers_models(module):
             _save_pretrained(
-                model, folder / (name.replace("/", "_") or "model"), _below(state, name), _tokenizers(module)
+                model, folder / (canonical(name).replace("/", "_") or "model"), _below(state, name), _tokenizers(module)
             )
 
     try:

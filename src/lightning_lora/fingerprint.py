@@ -85,7 +85,7 @@ def _base_parameters(module: nn.Module, record: Record) -> dict[str, Tensor]:
     return {
         canonical(name): parameter.detach()
         for name, parameter in module.named_parameters()
-        if id(parameter) not in adapters and name not in saved and not parameter.is_meta
+        if id(parameter) not in adapters and canonical(name) not in saved and not parameter.is_meta
     }
 
 

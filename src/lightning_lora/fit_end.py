@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_lora.checkpoint import complete_base, read_checkpoint
+from lightning_lora.checkpoint import complete_base
+from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.errors import MergeError, UnsupportedSetupError
 from lightning_lora.export import write_merged, write_report
 from lightning_lora.hyperparameters import make_hyperparameters_plain

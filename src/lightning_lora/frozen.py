@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_lora.class_swap import SwappedClass, restore_class, swap_class
 from lightning_lora.layers import AdaptedLayer
+from lightning_lora.targets.patterns import canonical
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -67,7 +68,7 @@ def keep_base_as_is(root: nn.Module, *, saved: Collection[str] = ()) -> list[str
     for name, child in list(root.named_modules()):
         if isinstance(child, FrozenStatistics):
             kept.append(name)
-        elif _tracks_statistics(child) and f"{name}.running_mean" not in saved:
+        elif _tracks_statistics(child) and canonical(f"{name}.running_mean") not in saved:
             # What holds it is put in another mode meanwhile, and the norm would have been with it.
             follows = child in holders and holders[child].training == child.training
             own_mode = None if follows else child.training

@@ -18,6 +18,7 @@ from lightning_lora.adapter import Adapter
 from lightning_lora.averaging import AVERAGING
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.record import Record
+from lightning_lora.targets.patterns import canonical
 
 
 def check_trainer(trainer: pl.Trainer, callback: pl.Callback, *, kind: type[pl.Callback], merges: bool) -> None:
@@ -89,7 +90,9 @@ def check_still_frozen(module: nn.Module, record: Record) -> None:
     adapters = {id(p) for child in module.modules() if isinstance(child, Adapter) for p in child.parameters()}
     saved = set(record.saved)
     thawed = [
-        name for name, p in module.named_parameters() if p.requires_grad and id(p) not in adapters and name not in saved
+        name
+        for name, p in module.named_parameters()
+        if p.requires_grad and id(p) not in adapters and canonical(name) not in saved
     ]
     if thawed:
         raise UnsupportedSetupError(
@@ -119,8 +122,8 @@ def warn_of_idle(optimizers: Sequence[Optimizer]) -> None:
     for index, optimizer in enumerate(optimizers):
         if not any(group["params"] for group in optimizer.param_groups):
             rank_zero_warn(
-                f"optimizer {index} ({type(optimizer).__name__}) holds only frozen parameters and will do nothing: adapt "
-                "a layer of that module (target_modules), or train it in full (modules_to_save)."
+                f"optimizer {index} ({type(optimizer).__name__}) holds only frozen parameters and will do nothing: "
+                "adapt a layer of that module (target_modules), or train it in full (modules_to_save)."
             )
 
 

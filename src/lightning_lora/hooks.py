@@ -16,7 +16,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_lora.checkpoint import MANIFEST, complete_base, read_checkpoint, strip_base
+from lightning_lora.checkpoint import complete_base, strip_base
+from lightning_lora.checkpoint_file import MANIFEST, check_checkpoint, read_checkpoint
 from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import CheckpointError, MergeError
 from lightning_lora.hyperparameters import make_hyperparameters_plain
@@ -75,6 +76,7 @@ def _on_save(module: pl.LightningModule, previous: Method, checkpoint: dict[str,
     checkpoint[MANIFEST]["hyper_parameters"] = changes
     if "optimizer_states" in checkpoint:  # else the file is weights-only, and no fit can go on from it
         checkpoint[MANIFEST]["random_state"] = random_state(module.trainer)
+        checkpoint[MANIFEST]["optimizers"] = [type(optimizer).__name__ for optimizer in module.trainer.optimizers]
 
 
 def _on_load(module: pl.LightningModule, previous: Method, checkpoint: dict[str, Any]) -> None:
@@ -103,18 +105,18 @@ def _load_checkpoint(strategy: Strategy, previous: Method, checkpoint_path: Any,
     accepts = "weights_only" in inspect.signature(type(strategy).load_checkpoint).parameters
     if local and not accepts:
         read_checkpoint(checkpoint_path)  # lightning 2.5 would unpickle anything
+    if accepts and kwargs.get("weights_only") is None and not args:
+        kwargs["weights_only"] = True
+    failure = None
     try:
-        if accepts and kwargs.get("weights_only") is None and not args:
-            kwargs["weights_only"] = True
         checkpoint = load(checkpoint_path, *args, **kwargs)
     except Exception as error:  # what torch raises for damaged and hostile files has many types
+        failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if failure is not None:
         if local:
-            read_checkpoint(checkpoint_path)
-        raise CheckpointError(
-            f"{checkpoint_path} can't be loaded: {type(error).__name__}: {str(error).splitlines()[:1]}"
-        ) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{checkpoint_path} is no Lightning checkpoint: it has no 'state_dict'.")
+            read_checkpoint(checkpoint_path)  # says more of what is wrong
+        raise CheckpointError(f"{checkpoint_path} can't be loaded: {failure}")
+    check_checkpoint(checkpoint, checkpoint_path, local=local)
     return checkpoint
 
 

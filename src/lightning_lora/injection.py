@@ -19,7 +19,6 @@ from lightning_lora.record import Record, drop_record, find_nested_record, find_
 from lightning_lora.report import InjectionReport, LayerRow
 from lightning_lora.targets import Pattern, Selection, select_targets
 from lightning_lora.targets.patterns import canonical
-from lightning_lora.targets.patterns import canonical
 
 
 def inject_adapters(module: nn.Module, config: AdapterConfig, *, name: str = "default") -> InjectionReport:
@@ -100,7 +99,7 @@ def remove_adapters(module: nn.Module) -> None:
     if record.merged is None:
         for _, layer in list(adapted_layers(module)):
             detach_adapters(layer)
-        state = module.state_dict(keep_vars=True)
+        state = _state(module)
         with torch.no_grad():
             for key, original in record.originals.items():
                 state[key].copy_(original)
@@ -114,9 +113,9 @@ def thaw(module: nn.Module, record: Record) -> None:
     """Give every parameter and norm layer of the base back the flags that it had before the injection."""
     release_base(module)
     for key, parameter in module.named_parameters():
-        if key in record.was_trainable:
+        if canonical(key) in record.was_trainable:
             parameter.requires_grad_(True)
-        elif key in record.was_frozen:
+        elif canonical(key) in record.was_frozen:
             parameter.requires_grad_(False)
 
 
@@ -144,7 +143,7 @@ def base_buffers(module: nn.Module, record: Record) -> Iterator[tuple[str, Tenso
     parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
     saved = set(record.saved)
     for key, value in module.state_dict().items():
-        if key not in parameters and key not in saved and isinstance(value, Tensor):
+        if key not in parameters and canonical(key) not in saved and isinstance(value, Tensor):
             yield key, value
 
 
@@ -191,15 +190,31 @@ def _saved_names(module: nn.Module, config: AdapterConfig, *, strict: bool) -> t
         owners |= set(holders)
         saved += direct
         saved += [f"{name}.{key}" for name in holders for key in modules[name].state_dict()]
+    return _under_all_names(module, owners, saved)
+
+
+def _under_all_names(module: nn.Module, owners: set[str], saved: list[str]) -> tuple[set[str], list[str]]:
+    """Add the other names of shared modules and tied tensors: they are trained, whatever they are called by."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    shared = {id(modules[name]) for name in owners}
+    owners = {name for name, child in modules.items() if id(child) in shared}
+    state = module.state_dict(keep_vars=True)
+    tensors = {id(state[key]) for key in saved if key in state}
+    saved = [*saved, *(key for key, value in state.items() if id(value) in tensors)]
     owners |= {key.rpartition(".")[0] for key in saved}
-    return owners, list(dict.fromkeys(saved))
+    return owners, list(dict.fromkeys(map(canonical, saved)))
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {canonical(key): value for key, value in module.state_dict(keep_vars=True).items()}
 
 
 def _attach(module: nn.Module, selection: Selection, config: AdapterConfig, name: str) -> None:
     for target in selection.targets:
         layer = attach_adapter(module.get_submodule(target.name), name)
         if name not in layer.adapters:
-            adapter = config.make_adapter(layer, layer_name=canonical(target.name), rank=target.rank, alpha=target.alpha)
+            layer_name = canonical(target.name)
+            adapter = config.make_adapter(layer, layer_name=layer_name, rank=target.rank, alpha=target.alpha)
             layer.adapters[name] = adapter.train(layer.training)
 
 
@@ -210,18 +225,18 @@ def _freeze(module: nn.Module, record: Record, name: str) -> None:
         if isinstance(child, Adapter)
         for parameter in child.parameters()
     }
-    state = module.state_dict(keep_vars=True)
+    state = _state(module)
     saved = {id(state[key]) for key in record.saved if key in state}
     for key, parameter in module.named_parameters():
         if id(parameter) in adapters:
             parameter.requires_grad_(adapters[id(parameter)])
         elif id(parameter) in saved:
             if not parameter.requires_grad:
-                record.was_frozen.add(key)
+                record.was_frozen.add(canonical(key))
                 parameter.requires_grad_(True)
         else:
             if parameter.requires_grad:
-                record.was_trainable.add(key)
+                record.was_trainable.add(canonical(key))
                 parameter.requires_grad_(False)
             parameter.grad = None  # an optimizer moves a frozen parameter that still holds a gradient
     for key in record.saved:
@@ -233,7 +248,7 @@ def _report(
     module: nn.Module, record: Record, selection: Selection, kind: str, name: str, kept_norms: list[str]
 ) -> InjectionReport:
     rows = tuple(_row(path, layer, name) for path, layer in adapted_layers(module) if name in layer.adapters)
-    parameters = dict(module.named_parameters())
+    parameters = {canonical(key): parameter for key, parameter in module.named_parameters()}
     notes = []
     if kept_norms:
         notes.append(f"{len(kept_norms)} norm layers keep their running statistics (they stay in eval mode)")

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 
-from lightning_lora.checkpoint import complete_base, read_checkpoint, read_manifest
+from lightning_lora.checkpoint import complete_base, read_manifest
+from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.config import AdapterConfig
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import AdapterMismatchError, CheckpointError
 from lightning_lora.injection import inject_adapters
 from lightning_lora.lora import LoRAConfig
 
@@ -58,7 +59,16 @@ def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
     try:
         return KINDS[kind](**fields)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"The adapter config in the file is damaged: {error}") from error
+        raise CheckpointError(f"The adapter config in the file is damaged: {error}") from None
+
+
+def _inject(module: pl.LightningModule, config: AdapterConfig, name: Any) -> None:
+    try:
+        inject_adapters(module, config, name=str(name))
+    except ValueError as error:
+        raise AdapterMismatchError(
+            f"The adapters in this checkpoint do not fit {type(module).__name__}: {error}"
+        ) from None
 
 
 @contextmanager
@@ -69,7 +79,7 @@ def _injecting(module_class: type[pl.LightningModule], manifest: dict[str, Any])
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         for name, config in manifest["configs"].items():
-            inject_adapters(self, config_from_dict(config), name=name)
+            _inject(self, config_from_dict(config), name)
         complete_base(self, checkpoint)
         inherited(self, checkpoint)
 

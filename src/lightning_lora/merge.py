@@ -22,6 +22,7 @@ from lightning_lora.frozen import keep_base_as_is
 from lightning_lora.injection import thaw
 from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters
 from lightning_lora.record import MergedState, Record, find_record
+from lightning_lora.targets.patterns import canonical
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -272,8 +273,9 @@ def unmerge_adapters(module: nn.Module) -> None:
             "This module is a copy of a merged one and has no base weights to go back to. "
             "Build the module anew, or call remove_adapters(module) to take its merged weights as a new base."
         )
+    layers = {canonical(name): child for name, child in module.named_modules()}
     for name, weight in merged.weights.items():
-        layer = attach_adapter(module.get_submodule(name), merged.active[name][0])
+        layer = attach_adapter(layers[canonical(name)], merged.active[name][0])
         layer.weight.data = weight.to(device=layer.weight.device, dtype=layer.weight.dtype)
         layer.adapters = merged.adapters[name].to(layer.weight.device)
         layer.active = merged.active[name]
@@ -289,10 +291,10 @@ def is_merged(module: nn.Module) -> bool:
 
 def _freeze_again(module: nn.Module, record: Record) -> None:
     for key, parameter in module.named_parameters():
-        if key in record.was_trainable:
+        if canonical(key) in record.was_trainable:
             parameter.requires_grad_(False)
             parameter.grad = None
-        elif key in record.was_frozen:
+        elif canonical(key) in record.was_frozen:
             parameter.requires_grad_(True)
     keep_base_as_is(module, saved=record.saved)
 

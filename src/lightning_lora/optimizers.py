@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import AdapterMismatchError, UnsupportedSetupError
+from lightning_lora.checkpoint_file import MANIFEST
+from lightning_lora.errors import AdapterMismatchError, CheckpointError, UnsupportedSetupError
 
 
 def prune_frozen(optimizers: Sequence[Optimizer]) -> int:
@@ -51,18 +52,32 @@ def require_trainable(module: nn.Module, optimizers: Sequence[Optimizer]) -> Non
         )
 
 
-def require_matching_state(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse optimizer states of a checkpoint that belong to other parameters than the optimizers hold.
+def require_matching_state(optimizers: Sequence[Optimizer], checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose optimizer states belong to other optimizers or parameters than the live ones.
 
     Raises:
-        AdapterMismatchError: With both sizes.
+        CheckpointError: If it has none.
+        AdapterMismatchError: With both sides.
     """
+    states: Sequence[Mapping[str, Any]] | None = checkpoint.get("optimizer_states")
+    if states is None:
+        raise CheckpointError(
+            "This checkpoint holds only weights (save_weights_only=True), and a fit can't be resumed from it. Load "
+            "them with load_from_checkpoint and fit without ckpt_path, or resume from a full checkpoint."
+        )
     if len(optimizers) != len(states):
         raise AdapterMismatchError(
             f"The checkpoint has the state of {len(states)} optimizers, the module configures {len(optimizers)}. "
             "Resume with the same configure_optimizers, or load only the weights."
         )
-    for optimizer, state in zip(optimizers, states, strict=True):
+    kinds = checkpoint.get(MANIFEST, {}).get("optimizers", [])
+    for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+        kind = type(optimizer).__name__
+        if index < len(kinds) and kinds[index] != kind:
+            raise AdapterMismatchError(
+                f"The optimizer state in the checkpoint is of {kinds[index]}, the optimizer here is {kind}. Resume "
+                "with the same configure_optimizers, or load only the weights (load_from_checkpoint)."
+            )
         live = [len(group["params"]) for group in optimizer.param_groups]
         found = [len(group["params"]) for group in state["param_groups"]]
         if live != found:

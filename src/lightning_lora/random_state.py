@@ -31,14 +31,14 @@ def random_state(trainer: pl.Trainer) -> dict[str, Any]:
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "python": [version, torch.tensor(words), gauss],
+        "python": [version, torch.tensor(words, dtype=torch.uint32), gauss],
         "loaders": [generator.get_state() for generator in _loader_generators(trainer)],
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = [name, torch.tensor(keys.tolist()), *rest]
+        state["numpy"] = [name, torch.tensor(keys.tolist(), dtype=torch.uint32), *rest]
     return state
 
 

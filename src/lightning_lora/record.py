@@ -39,6 +39,8 @@ class MergedState:
 class Record:
     """State of the injection on a root module.
 
+    Names are canonical: without what torch.compile inserts, as the user may compile a part before or after.
+
     Attributes:
         configs: Adapter name -> its config.
         was_trainable: Names of the parameters that the injection froze.

@@ -6,30 +6,35 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 import lightning_lora
+from lightning_lora.app.cli import main
 from lightning_lora.app.commands import build_app
 from lightning_lora.app.hydra_main import run
 
 
-def lightning_lora_command(
-    *arguments: str, folder: Path, missing: Sequence[str] = ()
-) -> subprocess.CompletedProcess[str]:
-    """Run the console script's function; ``missing`` names packages that shall look as if not installed."""
-    hidden = "".join(f"sys.modules[{name!r}] = None; " for name in missing)
-    code = f"import sys; {hidden}from lightning_lora.app.cli import main; main()"
+def lightning_lora_command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the console script's function in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", "from lightning_lora.app.cli import main; main()", *arguments],
         cwd=folder,
         env={**os.environ, "COLUMNS": "200", "WANDB_MODE": "offline"},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """For what needs no process of its own: a folder of its own, and ``sys.argv`` restored at the end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    return monkeypatch
 
 
 def test_the_console_script_is_this_function() -> None:
@@ -39,61 +44,59 @@ def test_the_console_script_is_this_function() -> None:
     assert scripts["lightning-lora"] == "lightning_lora.app.cli:main"
 
 
-def test_the_version_needs_no_hydra(tmp_path: Path) -> None:
-    result = lightning_lora_command("--version", folder=tmp_path, missing=["hydra", "omegaconf"])
-    assert result.stdout.strip() == lightning_lora.__version__
-
-
 @pytest.mark.parametrize(
     ("arguments", "package", "extra"), [(["train"], "hydra", "hydra"), (["--help"], "typer", "cli")]
 )
 def test_a_missing_package_is_one_line_that_names_the_extra(
-    arguments: list[str], package: str, extra: str, tmp_path: Path
+    arguments: list[str], package: str, extra: str, in_process: pytest.MonkeyPatch
 ) -> None:
-    result = lightning_lora_command(*arguments, folder=tmp_path, missing=[package])
-    assert result.returncode == 1
-    assert f"pip install 'lightning-lora[{extra}]'" in result.stderr
-    assert "Traceback" not in result.stderr
+    in_process.setitem(sys.modules, package, None)  # what an import finds where it isn't installed
+    in_process.setattr(sys, "argv", ["lightning-lora", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    message = str(stop.value)  # which Python prints to stderr, with exit status 1
+    assert f"pip install 'lightning-lora[{extra}]'" in message
+    assert "\n" not in message
 
 
-def test_the_help_lists_the_commands() -> None:
+def test_the_help_lists_the_commands_and_the_version_is_printed() -> None:
     from typer.testing import CliRunner
 
     help_page = CliRunner().invoke(build_app(), ["--help"]).stdout
     assert "train" in help_page
-    assert "--version" in help_page
+    assert CliRunner().invoke(build_app(), ["--version"]).stdout.strip() == lightning_lora.__version__
 
 
-def test_an_unknown_option_is_one_message_with_the_options(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["experiment=tinny"], ["tiny"]),
+        (["experiment=tiny", "adapter.rnak=3"], ["rnak"]),
+        (["experiment=tiny", "adapter.rank=0"], ["rank must be", "callbacks.lora.config"]),
+        (["experiment=tiny", "adapter.target_modules=[layer.0]"], ["layers.0"]),
+        (["experiment=tiny", "ckpt_path=nowhere.ckpt"], ["nowhere.ckpt"]),
+    ],
+)
+def test_bad_input_ends_with_status_1_and_says_what_and_where(
+    overrides: list[str], told: list[str], in_process: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", sys.argv)  # restored at the end
-    with pytest.raises(SystemExit, match="1"):
-        run(["experiment=tinny"])
+    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.run.dir=out"]
+    with pytest.raises(SystemExit) as stop:
+        run([*overrides, *quiet])
+    assert stop.value.code == 1
     message = capsys.readouterr().err
-    assert "tiny" in message
-    assert "Traceback" not in message
+    assert all(text in message for text in told)
 
 
 def test_another_projects_config_folder_adds_its_experiments(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    in_process: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", sys.argv)
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "own.yaml").write_text(
         "# @package _global_\ndefaults:\n  - tiny\n  - _self_\nadapter:\n  rank: 3\n"
     )
     run(["--config-dir", "mine", "experiment=own", "--cfg", "job"])
     assert "rank: 3" in capsys.readouterr().out
-
-
-def test_a_bad_value_says_where_it_stands_and_what_is_allowed(tmp_path: Path) -> None:
-    result = lightning_lora_command("train", "experiment=tiny", "adapter.rank=0", folder=tmp_path)
-    assert result.returncode == 1
-    assert "rank must be" in result.stderr
-    assert "callbacks.lora.config" in result.stderr
 
 
 def test_one_run_leaves_its_folder_with_configuration_metrics_and_checkpoints(tmp_path: Path) -> None:
@@ -125,3 +128,18 @@ def test_a_multirun_gives_each_job_a_folder_a_logger_run_and_a_row(tmp_path: Pat
         assert f"adapter.rank={rank}" in result.stdout
     table = result.stdout[result.stdout.index("sweep") :]
     assert "test/accuracy" in table
+
+
+@pytest.mark.slow
+def test_each_job_of_a_sweep_over_two_processes_trains_its_own_rank(tmp_path: Path) -> None:
+    result = lightning_lora_command(
+        "train", "-m", "experiment=tiny", "adapter.rank=2,4", "trainer.max_epochs=1", "trainer.devices=2",
+        "+trainer.strategy=ddp", "callbacks=default", "hydra.sweep.dir=sweep", folder=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for job, rank in enumerate((2, 4)):
+        folder = tmp_path / "sweep" / str(job)
+        checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        assert checkpoint["state_dict"]["layers.0.adapters.default.lora_A"].shape == (rank, 16)
+        assert checkpoint["global_step"] == 2  # 128 rows by batches of 32 over two processes
+        assert (folder / "metrics.json").exists()

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_lora import UnsupportedSetupError
 from tests.conftest import WIDTH, make_loader
 from tests.hazards.runs import adapters, base, equal, is_adapter_only, lora, trained
 

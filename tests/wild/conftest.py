@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
+def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Life:
     """The life of one foreign LightningModule under the callback; its runs happen when a test first asks for them."""
-    yield Life(load_case(HERE / "cases" / f"{request.param}.py"), tmp_path_factory.mktemp(request.param))
+    return Life(load_case(HERE / "cases" / f"{request.param}.py"), tmp_path_factory.mktemp(request.param))

@@ -2,14 +2,14 @@
 
 A case is a Python file with
 
-* ``PACKAGE`` and ``LORA``: the package's name and the ``LoRAConfig``,
+* ``LORA``: the ``LoRAConfig``,
 * ``build()``: the module, with the same weights on every call,
 * ``loaders()``: data loaders ``train``, ``val`` and ``test``, with the same batches on every call,
 * ``outputs(module)``: a deterministic output,
 * ``reopen(path)``: how the package's users open a Lightning checkpoint,
 
-and, where they differ from the usual, ``LIGHTNING`` (``pytorch_lightning``), ``EVALUATE`` (``"validate"``) and ``PICKLED``
-(checkpoints of the package open with ``weights_only=False`` only).
+and, where they differ from the usual, ``LIGHTNING`` (``pytorch_lightning``), ``EVALUATE`` (``"validate"``) and
+``PICKLED`` (the package's checkpoints open with ``weights_only=False`` only).
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ class Life:
         assert self.resumed.lora.merge_report.folder is not None
         return Path(self.resumed.lora.merge_report.folder) / "merged.ckpt"
 
-    def evaluate(self, run: Run, module: Any = None, ckpt_path: str | None = None) -> dict[str, float]:
+    def evaluate(self, run: Run, ckpt_path: str | None = None) -> dict[str, float]:
         """Metrics on the test data, of the module as it is or of a checkpoint."""
         method = getattr(self.case, "EVALUATE", "test")
         trainer = run.trainer
         L.seed_everything(99, verbose=False)
         (metrics,) = getattr(trainer, method)(
-            module or run.module,
+            run.module,
             dataloaders=self.case.loaders().get("test"),
             ckpt_path=ckpt_path,
             verbose=False,
@@ -143,10 +143,7 @@ class Life:
         case = self.case
 
         class Observer(self.lightning.Callback):  # type: ignore[misc, name-defined]
-            """Random numbers by epoch, so that runs which share an epoch can be compared; notes the end of training."""
-
-            def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-                torch.manual_seed(1000 + trainer.current_epoch)
+            """Notes the losses and the end of training."""
 
             def on_train_batch_end(
                 self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

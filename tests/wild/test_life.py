@@ -54,10 +54,10 @@ def test_a_checkpoint_gives_the_same_metrics_here_and_in_a_new_module(life: Life
     run, new = life.whole, life.new_run("new")
     here = life.evaluate(run)
     assert life.evaluate(run, ckpt_path="best") == here
+    life.evaluate(new, ckpt_path=str(run.first_epoch))
+    assert any(not torch.equal(value, run.adapters[key]) for key, value in adapter_tensors(new.module).items())
     assert life.evaluate(new, ckpt_path=str(run.last)) == here
-    earlier = life.evaluate(new, ckpt_path=str(run.first_epoch))
-    assert earlier.keys() == here.keys()
-    assert adapter_tensors(new.module).keys() == run.adapters.keys()
+    assert all(torch.equal(value, run.adapters[key]) for key, value in adapter_tensors(new.module).items())
 
 
 def test_the_merged_module_is_of_plain_classes_and_computes_the_same(life: Life) -> None:

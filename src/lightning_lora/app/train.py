@@ -9,6 +9,7 @@ import lightning as L
 from omegaconf import DictConfig
 
 from lightning_lora.app.building import Run, build_loggers, build_run, plain
+from lightning_lora.app.distributed import own_process_group
 from lightning_lora.app.loggers import closing, log_config
 from lightning_lora.app.metrics import chosen_metric, logged_metrics, write_metrics
 
@@ -35,11 +36,12 @@ def train(config: DictConfig) -> float | None:
         raise ValueError(f"test_weights={config.test_weights!r} is unknown. Choose one of {', '.join(TEST_WEIGHTS)}.")
     L.seed_everything(config.seed, workers=True, verbose=False)
     loggers = build_loggers(config)
-    with closing(loggers):
+    with own_process_group(), closing(loggers):
         log_config(loggers, plain(config))
         run = build_run(config, loggers=loggers)
         metrics = _fit_and_test(run, config, started=started)
-        write_metrics(Path(config.output_dir), metrics=metrics, seconds=time.perf_counter() - started)
+        if run.trainer.is_global_zero:
+            write_metrics(Path(config.output_dir), metrics=metrics, seconds=time.perf_counter() - started)
         return chosen_metric(metrics, config.optimized_metric)
 
 
@@ -55,6 +57,7 @@ def _fit_and_test(run: Run, config: DictConfig, *, started: float) -> dict[str, 
     after = _test(run, weights=config.test_weights)
     if run.report is not None:
         run.report.record_after(run.model, after)
+    if run.report is not None and run.trainer.is_global_zero:
         run.report.write(trainer=run.trainer, lora=run.lora, seconds=time.perf_counter() - started)
     return {**metrics, **after}
 

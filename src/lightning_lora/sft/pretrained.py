@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_lora.errors import MissingDependencyError
 
@@ -47,14 +46,14 @@ def load_pretrained(pretrained: str, *, dtype: str = "float32") -> tuple[Any, An
     """
     weight_dtype = _floating_dtype(dtype)
     folder = resolve_pretrained(pretrained)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype)
+    model = _transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype)
     model.train()  # from_pretrained returns eval mode: without this, dropout never acts during training
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, _transformers().AutoTokenizer.from_pretrained(folder)
 
 
 def load_tokenizer(pretrained: str) -> Any:
     """Load the tokenizer alone; takes the same names as `load_pretrained`."""
-    return AutoTokenizer.from_pretrained(resolve_pretrained(pretrained))
+    return _transformers().AutoTokenizer.from_pretrained(resolve_pretrained(pretrained))
 
 
 def resolve_pretrained(pretrained: str) -> str:
@@ -72,6 +71,17 @@ def cache_folder() -> Path:
     """Return the folder of converted models: ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``lightning_lora``."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "lightning_lora"
+
+
+def _transformers() -> Any:
+    # Imported late: `import lightning_lora.sft` shouldn't take seconds, nor fail where only the data is wanted.
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Loading a language model takes transformers. Run: pip install 'lightning-lora[hf]'"
+        ) from error
+    return transformers
 
 
 def _floating_dtype(name: str) -> torch.dtype:
@@ -113,12 +123,11 @@ def _build_atomically(target: Path, build: Callable[[Path], None]) -> None:
 
 def _convert_gguf(source: Path, folder: Path) -> None:
     """Write the GGUF model as plain bf16 safetensors (the dtype in which SmolLM2 was released)."""
+    auto_model, auto_tokenizer = _transformers().AutoModelForCausalLM, _transformers().AutoTokenizer
     where = {"gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
-    dequantized = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
-    plain: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        _dense_config(dequantized.config), dtype=torch.bfloat16
-    )
+    tokenizer = auto_tokenizer.from_pretrained(source.parent, **where)
+    dequantized = auto_model.from_pretrained(source.parent, dtype=torch.float32, **where)
+    plain = auto_model.from_config(_dense_config(dequantized.config), dtype=torch.bfloat16)
     plain.load_state_dict(dequantized.state_dict(), strict=True)
     plain.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     plain.generation_config.pad_token_id = tokenizer.pad_token_id

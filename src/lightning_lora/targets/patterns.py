@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import functools
 import re
+import sys
 from collections.abc import Iterable
 
 # No name begins with a dot, so a leading ".*" can't be a wildcard; elsewhere "layers.*.q_proj" is one.
@@ -21,7 +22,8 @@ def canonical(name: str) -> str:
         >>> canonical("model._orig_mod.layers.0")
         'model.layers.0'
     """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) if "_mod" in name else name
+    plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS) if "_mod" in name else name
+    return sys.intern(plain)  # one object per name: a checkpoint that mentions it often holds it once
 
 
 @functools.cache

@@ -118,6 +118,8 @@ class _Selector:
                 selection.skipped[name] = "output head (name it in target_modules or modules_to_save to train it)"
             else:
                 meant.add(name)
+        if preset in ("all-linear", "mlp"):
+            selection.skipped.update(_packed(self.modules))
         if strict and not meant:
             raise TargetNotFoundError(
                 f"target_modules={preset!r} selects no layer of {type(self.module).__name__}. "
@@ -213,6 +215,18 @@ class _Selector:
             )
         endings = sorted({canonical(name).rpartition(".")[2] for name in self.layers})
         return f"Its layers that can be adapted end in: {', '.join(endings[:12])}."
+
+
+def _packed(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Modules that compute with matrices stacked in one parameter, as experts are in transformers, with the reason."""
+    packed: dict[str, str] = {}
+    for name, child in modules.items():
+        if isinstance(child, (nn.modules.conv._ConvNd, parametrize.ParametrizationList)):
+            continue
+        stacked = [key for key, p in child._parameters.items() if p is not None and p.ndim == 3 and min(p.shape) > 1]
+        if stacked:
+            packed[name] = f"matrices stacked in one parameter ({', '.join(stacked)}) cannot be adapted"
+    return packed
 
 
 def _blockers(root: nn.Module, modules: Mapping[str, nn.Module], saved: frozenset[str]) -> dict[str, str]:

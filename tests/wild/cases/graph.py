@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-chemprop_data = pytest.importorskip(
-    "chemprop.data", reason="chemprop is not installed (see requirements-wild.txt)"
-)
+chemprop_data = pytest.importorskip("chemprop.data", reason="chemprop is not installed (see requirements-wild.txt)")
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
@@ -18,7 +16,6 @@ from rdkit.Chem import Crippen, MolFromSmiles  # noqa: E402
 
 from lightning_lora import LoRAConfig  # noqa: E402
 
-PACKAGE = "chemprop"
 LORA = LoRAConfig(rank=2, dropout=0.1, target_modules="all-linear")
 
 MOLECULES = (
@@ -33,9 +30,7 @@ def build() -> L.LightningModule:
     L.seed_everything(12, verbose=False)
     message_passing = nn.BondMessagePassing(d_h=32, depth=2)
     predictor = nn.RegressionFFN(input_dim=32, hidden_dim=32)
-    return models.MPNN(
-        message_passing, nn.MeanAggregation(), predictor, batch_norm=True, warmup_epochs=1, init_lr=1e-3
-    )
+    return models.MPNN(message_passing, nn.MeanAggregation(), predictor, batch_norm=True, warmup_epochs=1, init_lr=1e-3)
 
 
 def _molecules(first: int, last: int) -> Any:

@@ -24,15 +24,14 @@ from torchTextClassifiers.tokenizers import WordPieceTokenizer  # noqa: E402
 
 from lightning_lora import LoRAConfig  # noqa: E402
 
-PACKAGE = "torchTextClassifiers"
 LIGHTNING = pytorch_lightning
 EVALUATE = "validate"  # its test_step logs nothing
 LORA = LoRAConfig(rank=2, dropout=0.1, target_modules="all-linear", modules_to_save=["classification_head"])
 
 TOPICS = (
     ("the baker", "a cook", "my aunt", "kneads bread", "boils soup", "peels apples", "in the kitchen", "before lunch"),
-    ("the captain", "a sailor", "our crew", "sets the sails", "drops anchor", "reads the chart", "at sea", "in the storm"),
-    ("the doctor", "a nurse", "the surgeon", "treats fever", "cleans a wound", "takes the pulse", "at night", "on the ward"),
+    ("the captain", "a sailor", "our crew", "sets the sails", "drops anchor", "reads charts", "at sea", "in a storm"),
+    ("the doctor", "a nurse", "the surgeon", "treats fever", "cleans a wound", "takes a pulse", "at night", "at work"),
 )  # fmt: skip
 
 
@@ -52,9 +51,7 @@ def _tokenizer() -> Any:
 def build() -> Any:
     L.seed_everything(16, verbose=False)
     attention = components.AttentionConfig(n_layers=2, n_head=4, n_kv_head=2, sequence_len=16)
-    words = components.TokenEmbedderConfig(
-        vocab_size=200, embedding_dim=32, padding_idx=1, attention_config=attention
-    )
+    words = components.TokenEmbedderConfig(vocab_size=200, embedding_dim=32, padding_idx=1, attention_config=attention)
     model = ttc.TextClassificationModel(
         classification_head=components.ClassificationHead(input_dim=32, num_classes=3),
         token_embedder=components.TokenEmbedder(words),

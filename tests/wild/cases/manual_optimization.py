@@ -1,4 +1,4 @@
-"""Manual optimization: RL4CO's `PPO` steps its optimizer itself while an attention model learns travelling salesman tours."""
+"""Manual optimization: RL4CO's `PPO` steps its optimizer itself; attention learns salesman's tours."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-rl4co_models = pytest.importorskip(
-    "rl4co.models", reason="rl4co is not installed (see requirements-wild.txt)"
-)
+rl4co_models = pytest.importorskip("rl4co.models", reason="rl4co is not installed (see requirements-wild.txt)")
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
@@ -17,7 +15,6 @@ from rl4co.envs import TSPEnv  # noqa: E402
 
 from lightning_lora import LoRAConfig  # noqa: E402
 
-PACKAGE = "rl4co"
 LORA = LoRAConfig(rank=2, target_modules="all-linear")
 
 
@@ -32,9 +29,16 @@ def _parts() -> dict[str, Any]:
 def build() -> L.LightningModule:
     L.seed_everything(14, verbose=False)
     return rl4co_models.PPO(
-        **_parts(), batch_size=16, train_data_size=64, val_data_size=16, test_data_size=32,
-        critic_kwargs={"embed_dim": 32, "hidden_dim": 32}, ppo_epochs=2, mini_batch_size=8, optimizer_kwargs={"lr": 1e-3},
-    )  # fmt: skip
+        **_parts(),
+        critic_kwargs={"embed_dim": 32, "hidden_dim": 32},
+        batch_size=16,
+        train_data_size=64,
+        val_data_size=16,
+        test_data_size=32,
+        ppo_epochs=2,
+        mini_batch_size=8,
+        optimizer_kwargs={"lr": 1e-3},
+    )
 
 
 def loaders() -> dict[str, Any]:
@@ -48,9 +52,7 @@ def outputs(module: L.LightningModule) -> torch.Tensor:
         torch.manual_seed(15)
         start = tours.reset(batch_size=[8])
     actions = torch.arange(8).expand(8, 8)
-    return module.policy(start, tours, phase="test", actions=actions, return_sum_log_likelihood=False)[
-        "log_likelihood"
-    ]
+    return module.policy(start, tours, phase="test", actions=actions, return_sum_log_likelihood=False)["log_likelihood"]
 
 
 def reopen(path: Path) -> L.LightningModule:

@@ -17,7 +17,6 @@ from pytorch_forecasting.data.examples import generate_ar_data  # noqa: E402
 
 from lightning_lora import LoRAConfig  # noqa: E402
 
-PACKAGE = "pytorch-forecasting"
 LORA = LoRAConfig(
     rank=2,
     dropout=0.1,

@@ -1,4 +1,4 @@
-"""Time series again: GluonTS' `PatchTSTLightningModule`, whose `nn.TransformerEncoder` has a fused path in eval mode."""
+"""Time series again: GluonTS' `PatchTSTLightningModule`; its `nn.TransformerEncoder` has a fused path in eval mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 from lightning_lora import LoRAConfig  # noqa: E402
 
-PACKAGE = "gluonts"
 LORA = LoRAConfig(rank=2, dropout=0.1, target_modules="all-linear")
 EVALUATE = "validate"  # it has no test_step
 PAST, FUTURE = 24, 4

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 eva = pytest.importorskip("eva.core.models", reason="kaiko-eva is not installed (see requirements-wild.txt)")
-datasets = pytest.importorskip(
-    "sklearn.datasets", reason="scikit-learn is not installed (see requirements-wild.txt)"
-)
+datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed (see requirements-wild.txt)")
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
@@ -23,7 +21,6 @@ from transformers import ViTConfig, ViTModel  # noqa: E402
 
 from lightning_lora import LoRAConfig  # noqa: E402
 
-PACKAGE = "kaiko-eva"
 LORA = LoRAConfig(
     rank=2, dropout=0.1, target_modules="all-linear", exclude_modules=["pooler"], modules_to_save=["head.1"]
 )
