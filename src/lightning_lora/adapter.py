@@ -76,6 +76,7 @@ class Adapter(nn.Module, ABC):
         # precision="64-true" widens the module only after a resume has restored it: what is in the file decides.
         for key, parameter in self._parameters.items():
             found = state_dict.get(prefix + key)
-            wider = isinstance(found, Tensor) and found.is_floating_point() and parameter is not None
-            if wider and found.dtype.itemsize > parameter.dtype.itemsize:
+            if parameter is None or not isinstance(found, Tensor) or not found.is_floating_point():
+                continue
+            if found.dtype.itemsize > parameter.dtype.itemsize:
                 parameter.data = parameter.data.to(found.dtype)

@@ -8,18 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.frozen import FrozenStatistics
+from lightning_lora.lightning_names import is_a
 
-try:
-    from lightning.pytorch.callbacks import WeightAveraging  # from lightning 2.5.5 on
-
-    AVERAGING: tuple[type, ...] = (StochasticWeightAveraging, WeightAveraging)
-except ImportError:  # pragma: no cover - older lightning
-    AVERAGING = (StochasticWeightAveraging,)
+AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
 
 
 def prepare_averaging(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -30,9 +25,9 @@ def prepare_averaging(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
-        if isinstance(callback, AVERAGING):
+        if is_a(callback, *AVERAGING):
             _require_same_parameters(callback, module)
-            if isinstance(callback, StochasticWeightAveraging):
+            if is_a(callback, "StochasticWeightAveraging"):
                 _keep_statistics(callback, module)
             else:
                 keep_equal(callback)
@@ -67,7 +62,7 @@ def _require_same_parameters(callback: Any, module: pl.LightningModule) -> None:
         )
 
 
-def _keep_statistics(callback: StochasticWeightAveraging, module: pl.LightningModule) -> None:
+def _keep_statistics(callback: Any, module: pl.LightningModule) -> None:
     """SWA resets the statistics of norm layers to compute them anew; frozen ones never would be."""
     norms = [child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
     frozen = [child for child in norms if isinstance(child, FrozenStatistics)]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -21,6 +20,7 @@ from lightning_lora.guards import check_still_frozen, check_trainer, explain, wa
 from lightning_lora.hooks import patch_checkpoints, patch_run, unpatch_run
 from lightning_lora.injection import extend_adapters
 from lightning_lora.layers import adapted_layers
+from lightning_lora.lightning_names import is_a
 from lightning_lora.lora import LoRAConfig
 from lightning_lora.merge import MergeConfig, MergeReport, is_merged, unmerge_adapters
 from lightning_lora.optimizers import prune_frozen, require_matching_state, require_trainable
@@ -233,8 +233,9 @@ def _check_reached(module: nn.Module, missed: dict[int, str]) -> None:
 
 
 def _checkpoint_bytes(trainer: pl.Trainer) -> int | None:
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
+    callbacks: list[Any] = list(trainer.checkpoint_callbacks)
+    for callback in callbacks:
+        if is_a(callback, "ModelCheckpoint"):
             path = Path(callback.best_model_path or callback.last_model_path or "")
             if path.is_file():
                 return path.stat().st_size

@@ -58,13 +58,14 @@ def check_checkpoint(checkpoint: Any, path: Any, *, local: bool = True) -> None:
 
 def _broken_entries(checkpoint: Mapping[str, Any]) -> list[str]:
     """Entries that Lightning would stumble over somewhere later, or worse, not stumble over."""
-    version = checkpoint.get("pytorch-lightning_version")
+    version, loops = checkpoint.get("pytorch-lightning_version"), checkpoint.get("loops") or {}
     right = {
         "state_dict": _has_names(checkpoint["state_dict"]),
         "pytorch-lightning_version": isinstance(version, str) and re.match(r"\d+\.\d+", version) is not None,
-        "loops": _has_names(checkpoint.get("loops") or {}),
+        # Without it Lightning would begin at the first epoch, with the optimizers of a later one.
+        "loops": _has_names(loops) and (bool(loops) or MANIFEST not in checkpoint),
         "callbacks": isinstance(checkpoint.get("callbacks") or {}, dict),
-        "hyper_parameters": _has_names(checkpoint.get("hyper_parameters", {})),
+        "hyper_parameters": isinstance(checkpoint.get("hyper_parameters", {}), Mapping),
         "optimizer_states": _is_list_of(checkpoint.get("optimizer_states", []), _is_optimizer_state),
         "lr_schedulers": _is_list_of(checkpoint.get("lr_schedulers", []), lambda item: isinstance(item, Mapping)),
     }

@@ -53,14 +53,20 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> Path:
         raise
 
 
-def write_merged(module: nn.Module, path: Path, config: MergeConfig, *, checkpoint: Mapping[str, Any]) -> Path:
+def write_merged(
+    module: nn.Module,
+    path: Path,
+    config: MergeConfig,
+    *,
+    make_checkpoint: Callable[[dict[str, Tensor]], Mapping[str, Any]],
+) -> Path:
     """Write the merged weights of a module with live adapters, which stays as it is.
 
     Args:
         module: The module; its keys are the keys of the file.
         path: The folder, see :func:`write_folder`.
         config: Its dtype.
-        checkpoint: Entries of ``merged.ckpt`` beside ``state_dict`` (versions, hyper-parameters), in plain types.
+        make_checkpoint: Gets the merged state dict and returns what ``merged.ckpt`` holds.
 
     Returns:
         The folder: ``merged.ckpt``, which the module's original class loads; for each transformers model inside the
@@ -72,7 +78,7 @@ def write_merged(module: nn.Module, path: Path, config: MergeConfig, *, checkpoi
     state = merged_state_dict(module, dtype=DTYPES[config.dtype] if config.dtype else None)
 
     def fill(folder: Path) -> None:
-        torch.save({**checkpoint, "state_dict": state}, folder / "merged.ckpt")
+        torch.save(make_checkpoint(dict(state)), folder / "merged.ckpt")
         for name, model in _transformers_models(module):
             _save_pretrained(
                 model, folder / (canonical(name).replace("/", "_") or "model"), _below(state, name), _tokenizers(module)
@@ -147,11 +153,11 @@ def _tokenizers(module: nn.Module) -> list[Any]:
 
 
 def _save_pretrained(model: Any, folder: Path, state: dict[str, Tensor], tokenizers: list[Any]) -> None:
+    dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
     with _dense(model):
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=dict(state))  # which empties the dict that it gets
     # save_pretrained notes the live model's dtype, from_pretrained casts to what is noted.
     noted = json.loads((folder / "config.json").read_text())
-    dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
     noted.update({key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in noted})
     (folder / "config.json").write_text(json.dumps(noted, indent=2, sort_keys=True) + "\n")
     for tokenizer in tokenizers:

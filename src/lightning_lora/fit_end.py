@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import lightning
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lightning_lora.checkpoint import complete_base
 from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.errors import MergeError, UnsupportedSetupError
 from lightning_lora.export import write_merged, write_report
+from lightning_lora.hooks import save_as_the_module_would
 from lightning_lora.hyperparameters import make_hyperparameters_plain
 from lightning_lora.injection import disable_adapters
+from lightning_lora.lightning_names import is_a
 from lightning_lora.merge import (
     MergeConfig,
     MergeReport,
@@ -57,19 +60,34 @@ def merge_at_fit_end(
     adapted = sample.outputs(module)
     with disable_adapters(module):
         base = sample.outputs(module) if adapted else None
-    folder = None
-    if trainer.is_global_zero:
-        folder = write_merged(module, artifact_path(trainer, config), config, checkpoint=_entries(module))
-        report = dataclasses.replace(report, folder=str(folder))
-    trainer.strategy.barrier("lightning_lora_merge")
+    folder = _write(trainer, module, config)
+    report = dataclasses.replace(report, folder=str(folder))
     merged = _merge_in_place(module, config)
     if merged and adapted and base:
         report = dataclasses.replace(report, output_difference=_output_difference(module, sample, adapted, base))
     if merged and not config.in_place:
         unmerge_adapters(module)
-    if folder is not None:
+    if trainer.is_global_zero:
         write_report(report, folder)
     return report
+
+
+def _write(trainer: pl.Trainer, module: pl.LightningModule, config: MergeConfig) -> Path:
+    """Write the artifact on rank zero; the others wait, and learn where it is or why it is not."""
+    path = artifact_path(trainer, config)  # asks all ranks for the log folder
+    folder: Path | None = None
+    failure: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            folder = write_merged(module, path, config, make_checkpoint=functools.partial(_vanilla_checkpoint, module))
+        except Exception as error:  # whatever it is, the other ranks must not wait for ever
+            failure = error
+    folder, message = trainer.strategy.broadcast((folder, None if failure is None else str(failure)))
+    if failure is not None:
+        raise failure
+    if folder is None:
+        raise MergeError(f"Rank zero could not write the merged weights: {message}")
+    return folder
 
 
 def artifact_path(trainer: pl.Trainer, config: MergeConfig) -> Path:
@@ -116,17 +134,24 @@ def _is_dry_run(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))  # set from outside the class
 
 
-def _best_callback(trainer: pl.Trainer) -> ModelCheckpoint | None:
-    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+def _best_callback(trainer: pl.Trainer) -> Any | None:
+    callbacks: list[Any] = [c for c in trainer.checkpoint_callbacks if is_a(c, "ModelCheckpoint")]
     return next((c for c in callbacks if c.monitor is not None), None)
 
 
-def _entries(module: pl.LightningModule) -> dict[str, Any]:
-    """What makes the merged weights a checkpoint that the original class's ``load_from_checkpoint`` opens."""
-    entries: dict[str, Any] = {"pytorch-lightning_version": lightning.__version__, "epoch": 0, "global_step": 0}
+def _vanilla_checkpoint(module: pl.LightningModule, state: dict[str, Tensor]) -> dict[str, Any]:
+    """The merged weights as a checkpoint that ``load_from_checkpoint`` of the original class opens."""
+    checkpoint: dict[str, Any] = {
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": 0,
+        "global_step": 0,
+        "state_dict": state,
+    }
     if module.hparams:
-        entries["hyper_parameters"] = dict(module.hparams)
+        checkpoint["hyper_parameters"] = dict(module.hparams)
         if hasattr(module, "_hparams_name"):
-            entries["hparams_name"] = module._hparams_name
-        make_hyperparameters_plain(entries)
-    return entries
+            checkpoint["hparams_name"] = module._hparams_name
+        # A class that saves objects of its own gets them back, as from its own checkpoints.
+        make_hyperparameters_plain(checkpoint, keep_objects=True)
+    save_as_the_module_would(module, checkpoint)
+    return checkpoint

@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_lora.adapter import Adapter
 from lightning_lora.averaging import AVERAGING
 from lightning_lora.errors import UnsupportedSetupError
+from lightning_lora.lightning_names import is_a
 from lightning_lora.record import Record
 from lightning_lora.targets.patterns import canonical
 
@@ -35,7 +32,7 @@ def check_trainer(trainer: pl.Trainer, callback: pl.Callback, *, kind: type[pl.C
     """
     _check_strategy(trainer, merges=merges)
     _check_callbacks(trainer, callback, kind)
-    if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+    if is_a(trainer.precision_plugin, "BitsandbytesPrecision"):
         raise UnsupportedSetupError(
             "BitsandbytesPrecision quantizes every linear layer after the injection, adapters and heads included. "
             "Remove the plugin."
@@ -45,12 +42,12 @@ def check_trainer(trainer: pl.Trainer, callback: pl.Callback, *, kind: type[pl.C
 def _check_strategy(trainer: pl.Trainer, *, merges: bool) -> None:
     strategy = trainer.strategy
     # DeepSpeed's strategy is a DDPStrategy by inheritance only: it shards, and saves through an engine of its own.
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
+    if not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy") or is_a(strategy, "DeepSpeedStrategy"):
         raise UnsupportedSetupError(
             f"LoRACallback supports one device and DDP; {type(strategy).__name__} is not supported. "
             'Use strategy="auto" or "ddp".'
         )
-    if isinstance(strategy.launcher, _MultiProcessingLauncher) and not merges:
+    if is_a(strategy.launcher, "_MultiProcessingLauncher") and not merges:
         rank_zero_warn(
             "This strategy trains in processes of its own, and Lightning gives the main process only weights that it "
             "knows: the module there stays without adapters. Use the checkpoint, or merge_on_fit_end=True."
@@ -60,12 +57,12 @@ def _check_strategy(trainer: pl.Trainer, *, merges: bool) -> None:
 def _check_callbacks(trainer: pl.Trainer, callback: pl.Callback, kind: type[pl.Callback]) -> None:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for other in callbacks:
-        if isinstance(other, BaseFinetuning):
+        if is_a(other, "BaseFinetuning"):
             raise UnsupportedSetupError(
                 f"{type(other).__name__} freezes and unfreezes the base, which LoRA keeps frozen: the checkpoints "
                 "would lack what it trains. Use one of the two; modules_to_save trains modules in full."
             )
-        if isinstance(other, ModelPruning):
+        if is_a(other, "ModelPruning"):
             raise UnsupportedSetupError(
                 "ModelPruning prunes the weights of the base, which LoRA keeps as they are: no checkpoint would hold "
                 "the masks. Prune the model first, or merge and prune then."
@@ -74,7 +71,7 @@ def _check_callbacks(trainer: pl.Trainer, callback: pl.Callback, kind: type[pl.C
             raise UnsupportedSetupError(f"There is more than one {kind.__name__}: pass one.")
     before = callbacks[: callbacks.index(callback)]
     for other in before:
-        if isinstance(other, AVERAGING):
+        if is_a(other, *AVERAGING):
             raise UnsupportedSetupError(
                 f"{type(other).__name__} copies the module in its setup, before the adapters are in: "
                 f"list {type(callback).__name__} before it."
@@ -128,9 +125,14 @@ def warn_of_idle(optimizers: Sequence[Optimizer]) -> None:
 
 
 def explain(exception: BaseException) -> None:
-    """Add what LoRA has to do with it to an error that a frozen base makes other code raise."""
+    """Add what LoRA has to do with it to an error that a frozen base or the adapters make other code raise."""
     text = str(exception)
-    if isinstance(exception, ValueError) and "empty parameter list" in text:
+    if isinstance(exception, (AssertionError, KeyError)) and ".lora_A" in text:
+        exception.args = (
+            f"{text}. These are adapter tensors of LoRACallback: configure_optimizers sorts parameters by their module "
+            "or name and has no place for them. Let it put what it does not know into one of its groups.",
+        )
+    elif isinstance(exception, ValueError) and "empty parameter list" in text:
         exception.args = (
             f"{text}. LoRACallback froze the base, and this optimizer got only frozen parameters: adapt a layer of its "
             "module (target_modules), or train it in full (modules_to_save).",

@@ -21,9 +21,9 @@ from lightning_lora.checkpoint_file import MANIFEST, check_checkpoint, read_chec
 from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import CheckpointError, MergeError
 from lightning_lora.hyperparameters import make_hyperparameters_plain
-from lightning_lora.injection import extend_adapters
+from lightning_lora.injection import extend_adapters, withdraw_incomplete
 from lightning_lora.merge import merge_adapters, unmerge_adapters
-from lightning_lora.patches import original, patch, unpatch
+from lightning_lora.patches import is_patched, original, patch, unpatch
 from lightning_lora.random_state import random_state
 from lightning_lora.record import Record, find_record
 
@@ -51,10 +51,23 @@ def patch_checkpoints(module: pl.LightningModule) -> None:
             record.patched.append(name)
 
 
+def save_as_the_module_would(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Let the module's own ``on_save_checkpoint`` add to ``checkpoint`` what its own class needs to load it."""
+    patched = module.__dict__.get("on_save_checkpoint")
+    previous = (
+        patched.args[1] if patched is not None and is_patched(module, "on_save_checkpoint", _on_save) else patched
+    )
+    original(module, "on_save_checkpoint", previous)(checkpoint)
+
+
 def _configure_model(module: pl.LightningModule, previous: Method, config: AdapterConfig) -> None:
     original(module, "configure_model", previous)()
     if _merged(module) is None:
-        extend_adapters(module, config, strict=True)
+        try:
+            extend_adapters(module, config, strict=True)
+        except Exception:
+            withdraw_incomplete(module)
+            raise
         patch_checkpoints(module)
 
 

@@ -22,11 +22,17 @@ _ENTRIES = ("hyper_parameters", "datamodule_hyper_parameters")
 _TYPES = ("hparams_type", "datamodule_hparams_type")
 
 
-def make_hyperparameters_plain(checkpoint: MutableMapping[str, Any]) -> dict[str, list[str]]:
+def make_hyperparameters_plain(
+    checkpoint: MutableMapping[str, Any], *, keep_objects: bool = False
+) -> dict[str, list[str]]:
     """Convert or leave out what is not plain in the hyper-parameters of ``checkpoint``, in place.
 
     OmegaConf containers become dicts and lists, paths become strings; values that ``weights_only=True`` refuses are
     left out: they have to be passed to ``load_from_checkpoint`` again.
+
+    Args:
+        checkpoint: What is about to be saved.
+        keep_objects: Leave out only modules, which hold weights: the file may then need ``weights_only=False``.
 
     Returns:
         ``left_out`` and ``omegaconf``: the names of the values concerned, for the manifest.
@@ -42,9 +48,10 @@ def make_hyperparameters_plain(checkpoint: MutableMapping[str, Any]) -> dict[str
         plain = {}
         for name, value in values.items():
             if _contains(found[name], _is_omegaconf):
-                changes["omegaconf"].append(name)
-            if _contains(value, lambda item: isinstance(item, nn.Module)) or not _opens_safely(value):
-                changes["left_out"].append(name)
+                changes["omegaconf"].append(str(name))
+            has_weights = _contains(value, lambda item: isinstance(item, nn.Module))
+            if has_weights or not (keep_objects or _opens_safely(value)):
+                changes["left_out"].append(str(name))
             else:
                 plain[name] = value
         checkpoint[entry] = plain
@@ -58,6 +65,8 @@ def _plain(value: Any) -> Any:
         from omegaconf import OmegaConf
 
         return _plain(OmegaConf.to_container(value, resolve=True))
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):

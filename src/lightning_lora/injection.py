@@ -78,6 +78,7 @@ def extend_adapters(
     if strict:
         for key, buffer in base_buffers(module, record):
             record.buffers.setdefault(canonical(key), checksum(buffer))
+    record.complete = record.complete or strict
     record.configs[name] = config
     record.report = _report(module, record, selection, config.kind, name, kept)
     store_record(module, record)
@@ -107,6 +108,13 @@ def remove_adapters(module: nn.Module) -> None:
     for attribute in record.patched:
         module.__dict__.pop(attribute, None)
     drop_record(module)
+
+
+def withdraw_incomplete(module: nn.Module) -> None:
+    """Take out again what was adapted before the module was complete, if the rest could not be: all or nothing."""
+    record = find_record(module)
+    if record is not None and not record.complete:
+        remove_adapters(module)
 
 
 def thaw(module: nn.Module, record: Record) -> None:

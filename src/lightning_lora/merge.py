@@ -275,9 +275,9 @@ def unmerge_adapters(module: nn.Module) -> None:
         )
     layers = {canonical(name): child for name, child in module.named_modules()}
     for name, weight in merged.weights.items():
-        layer = attach_adapter(layers[canonical(name)], merged.active[name][0])
+        layer = attach_adapter(layers[canonical(name)], next(iter(merged.adapters[name])))
         layer.weight.data = weight.to(device=layer.weight.device, dtype=layer.weight.dtype)
-        layer.adapters = merged.adapters[name].to(layer.weight.device)
+        layer.adapters = merged.adapters[name].to(layer.weight.device).train(layer.training)
         layer.active = merged.active[name]
     record.merged = None
     _freeze_again(module, record)

@@ -109,7 +109,7 @@ def _check(state: Mapping[str, Any]) -> None:
         if "numpy" in state and "numpy" in sys.modules:
             sys.modules["numpy"].random.RandomState().set_state(_numpy_state(state))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The random state in this checkpoint is damaged: {error!r}.") from error
+        raise CheckpointError(f"The random state in this checkpoint is damaged: {error!r}.") from None
 
 
 def _generator(state: Tensor) -> torch.Generator:

@@ -48,6 +48,7 @@ class Record:
         saved: Names of parameters and buffers that are trained on purpose and saved beside the adapters.
         originals: Their values before training, for an exact removal.
         buffers: Checksums of the persistent buffers of the base at the injection; a buffer that changed is saved.
+        complete: Whether the whole module has been there for an injection, and everything in its config was found.
         report: What the last injection reported.
         patched: Names of instance attributes put over methods of the module, taken away at removal.
         merged: Set while the adapters are merged into the base.
@@ -59,6 +60,7 @@ class Record:
     saved: list[str] = field(default_factory=list)
     originals: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, int] = field(default_factory=dict)
+    complete: bool = False
     report: InjectionReport | None = None
     patched: list[str] = field(default_factory=list)
     merged: MergedState | None = None

@@ -134,7 +134,7 @@ def test_a_multirun_gives_each_job_a_folder_a_logger_run_and_a_row(tmp_path: Pat
 def test_each_job_of_a_sweep_over_two_processes_trains_its_own_rank(tmp_path: Path) -> None:
     result = lightning_lora_command(
         "train", "-m", "experiment=tiny", "adapter.rank=2,4", "trainer.max_epochs=1", "trainer.devices=2",
-        "+trainer.strategy=ddp", "callbacks=default", "hydra.sweep.dir=sweep", folder=tmp_path,
+        "trainer.strategy=ddp", "callbacks=default", "hydra.sweep.dir=sweep", folder=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for job, rank in enumerate((2, 4)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def base(module: nn.Module) -> dict[str, Tensor]:
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two states are bitwise the same."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """The same for bitwise equal states, in any process."""
+    parts = [f"{key}:".encode() + value.cpu().numpy().tobytes() for key, value in sorted(state.items())]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def trained(module: nn.Module) -> bool:

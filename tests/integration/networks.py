@@ -32,8 +32,8 @@ class Regression(pl.LightningModule):
     """Backbone and head; the second epoch has a ruinous learning rate, so that the first is the best.
 
     Args:
-        optimizer: Which parameters the optimizer gets: ``"all"``, ``"filtered"`` by requires_grad, ``"groups"`` by name,
-            or ``"captured"``: a list made when the network was built.
+        optimizer: Which parameters the optimizer gets: ``"all"``, ``"filtered"`` by requires_grad, ``"groups"`` by
+            name, or ``"captured"``: a list made when the network was built.
         algorithm: ``"adamw"`` or ``"sgd"``.
         dropout: Of the base.
         norm: Whether the backbone has a BatchNorm.
@@ -59,9 +59,7 @@ class Regression(pl.LightningModule):
             torch.manual_seed(1)
             norm = nn.BatchNorm1d(WIDTH) if self.hparams["norm"] else nn.Identity()
             dropout = nn.Dropout(self.hparams["dropout"])
-            self.backbone = nn.Sequential(
-                nn.Linear(WIDTH, WIDTH), norm, nn.ReLU(), dropout, nn.Linear(WIDTH, WIDTH)
-            )
+            self.backbone = nn.Sequential(nn.Linear(WIDTH, WIDTH), norm, nn.ReLU(), dropout, nn.Linear(WIDTH, WIDTH))
             self.head = nn.Linear(WIDTH, 1)
         if self.hparams["optimizer"] == "captured":
             self.captured = list(self.parameters())

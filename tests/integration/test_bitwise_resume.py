@@ -1,9 +1,9 @@
 """A stopped and resumed run equals one that never stopped, bit by bit: adapters, optimizer, every logged value.
 
 Exact at the end of an epoch with any data loader, and within an epoch with a loader that can resume (``state_dict``).
-Within an epoch with a plain DataLoader it is not exact: Lightning starts the data of the epoch anew, and says so. Nor is
-it exact after an exception in the middle of a step, nor with reload_dataloaders_every_n_epochs, for which Lightning asks
-for the loaders at other times in a resumed run.
+Not exact, because of what Lightning does: within an epoch with a plain DataLoader, whose data it starts anew (and
+warns); after an exception in the middle of a step; and with reload_dataloaders_every_n_epochs, where a resumed run asks
+for its loaders at other times.
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ def run(case: Case, folder: Path, *, epochs: int, seed: int, resume: Path | None
 def continue_elsewhere(halves: list[tuple[Case, str]]) -> list[dict[str, Any]]:
     """The second epochs; runs in a new process, with other random streams at its start."""
     silence()
-    return [
-        run(case, Path(folder), epochs=2, seed=99, resume=half_way(Path(folder))) for case, folder in halves
-    ]
+    return [run(case, Path(folder), epochs=2, seed=99, resume=half_way(Path(folder))) for case, folder in halves]
 
 
 def half_way(folder: Path) -> Path:
@@ -281,9 +279,7 @@ class Resumable:
 def test_a_resume_within_an_epoch_is_exact_with_a_loader_that_can_resume(step: int, tmp_path: Path) -> None:
     whole, losses = fit_once(Resumable(), tmp_path, epochs=2, seed=7, every_n_train_steps=1)
     saved = tmp_path / f"step={step}.ckpt"
-    resumed, rest = fit_once(
-        Resumable(), tmp_path / "resumed", epochs=2, seed=99, resume=saved, every_n_train_steps=1
-    )
+    resumed, rest = fit_once(Resumable(), tmp_path / "resumed", epochs=2, seed=99, resume=saved, every_n_train_steps=1)
     assert rest == losses[step:]
     assert same(resumed, whole)
 

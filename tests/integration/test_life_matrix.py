@@ -188,9 +188,7 @@ def elsewhere(lives: Callable[[str, str], Life]) -> dict[tuple[str, str], dict[s
     return result
 
 
-def test_a_new_process_tests_and_resumes_the_same(
-    life: Life, elsewhere: dict[tuple[str, str], dict[str, Any]]
-) -> None:
+def test_a_new_process_tests_and_resumes_the_same(life: Life, elsewhere: dict[tuple[str, str], dict[str, Any]]) -> None:
     found = elsewhere[life.build, life.optimizer]
     assert found["tested"] == life.best_loss
     assert found["losses"] == [life.last_loss]

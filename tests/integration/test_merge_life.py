@@ -35,12 +35,12 @@ pytestmark = LIGHTNINGS_ADVICE
 
 
 def fitted(
-    folder: Path, merge: MergeConfig | bool, *, module: pl.LightningModule | None = None, epochs: int = 2, **options: Any
+    folder: Path, merge: MergeConfig | bool, *, module: pl.LightningModule | None = None
 ) -> tuple[Any, pl.Trainer, LoRACallback]:
     """A fit that merges at its end."""
     module = module or Eager()
     callback = lora(merge_on_fit_end=merge)
-    trainer = quiet_trainer(folder, callback, best_and_last(folder), epochs=epochs, **options)
+    trainer = quiet_trainer(folder, callback, best_and_last(folder))
     trainer.fit(module, loader(), loader())
     return module, trainer, callback
 
@@ -236,7 +236,8 @@ def test_an_existing_folder_is_never_written_into(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_refused_before_the_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    trainer = quiet_trainer(tmp_path, lora(merge_on_fit_end=MergeConfig(output_dir=str(tmp_path / "file" / "artifact"))))
+    config = MergeConfig(output_dir=str(tmp_path / "file" / "artifact"))
+    trainer = quiet_trainer(tmp_path, lora(merge_on_fit_end=config))
     with pytest.raises(UnsupportedSetupError, match="is a file"):
         trainer.fit(Eager(), loader(), loader())
     assert trainer.global_step == 0

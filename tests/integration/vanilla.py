@@ -36,9 +36,8 @@ def open_artifacts(folders: dict[str, str]) -> dict[str, dict[str, Any]]:
 def open_artifact(kind: str, folder: Path) -> dict[str, Any]:
     cls, data = (Eager, loader()) if kind == "regression" else (Language, token_loader())
     module = cls.load_from_checkpoint(folder / "merged.ckpt")
-    trainer = pl.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
-    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet)
     found = {
         "state": module.state_dict(),
         "hparams": dict(module.hparams),

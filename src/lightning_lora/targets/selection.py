@@ -252,17 +252,18 @@ def _blockers(root: nn.Module, modules: Mapping[str, nn.Module], saved: frozense
         elif not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
             blockers[name] = f"its weight is not a dense floating-point tensor ({original_class(layer).__name__})"
         elif id(weight) in shared:
-            blockers[name] = f"its weight is tied to {shared[id(weight)]}; merging would change both. Untie it first"
+            others = " and ".join(repr(owner) for owner in shared[id(weight)] if owner != name)
+            blockers[name] = f"its weight is tied to {others}; merging would change both. Untie it first"
         elif not isinstance(layer, AdaptedLayer) and (hasattr(layer, "adapters") or hasattr(layer, "active")):
             blockers[name] = "it has an attribute 'adapters' or 'active' of its own"
     return blockers
 
 
-def _shared_weights(root: nn.Module) -> dict[int, str]:
+def _shared_weights(root: nn.Module) -> dict[int, list[str]]:
     """Parameters that more than one module object owns: id -> the owners' names."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, child in root.named_modules():
         for parameter in child._parameters.values():
             if parameter is not None:
                 owners[id(parameter)].append(name)
-    return {key: " and ".join(map(repr, names)) for key, names in owners.items() if len(names) > 1}
+    return {key: names for key, names in owners.items() if len(names) > 1}
