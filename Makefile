@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test check format clean
+.PHONY: venv demo test wild check bench format clean
 
 venv: $(STAMP)
 
@@ -30,11 +30,20 @@ demo: venv
 test: venv
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest
 
+# LightningModules of other people's packages, unchanged, under the callback; tests skip where a package is absent.
+wild: venv
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -r requirements-wild.txt
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest tests/wild
+
 check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+bench: venv
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.checkpoint
 
 format: venv
 	$(BIN)/ruff format .

@@ -123,16 +123,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     clock = options.clock or ("cpu" if options.threads == 1 else "wall")
     environment = record.environment()
-    rows = []
+    settings = {"clock": clock, "rounds": options.rounds, "optimizer": options.optimizer}
+    rows: list[dict[str, Any]] = []
     for case in cases(options):
         rows.append(measure(case, rounds=options.rounds, clock=clock, optimizer=options.optimizer))
         gc.collect()
+        if options.output:  # after every row: a grid takes long, and its first rows are worth keeping
+            record.write(options.output, benchmark="step", environment=environment, settings=settings, rows=rows)
     what = "forward + backward + clip + AdamW" if options.optimizer else "forward + backward"
     sizes = f"{options.shape}, {options.batch}x{options.length} tokens, rank {options.rank}"
     Console(width=170).print(table(rows, title=f"{what}, {sizes}, {clock} time"))
-    if options.output:
-        settings = {"clock": clock, "rounds": options.rounds, "optimizer": options.optimizer}
-        record.write(options.output, benchmark="step", environment=environment, settings=settings, rows=rows)
     return 0 if all(row["self_test"]["passed"] for row in rows) else 1
 
 

@@ -164,7 +164,7 @@ def test_order_of_the_parameters_does_not_matter() -> None:
         lambda found: found["tensors"].update({"0.weight": [["float32"], 8, 8]}),
         lambda found: found["tensors"].update({"0.weight": []}),
         lambda found: found["tensors"].update({"0.weight": 8}),
-        lambda found: found.update(tensors={index: value for index, value in enumerate(found["tensors"].values())}),
+        lambda found: found.update(tensors=dict(enumerate(found["tensors"].values()))),
         lambda found: found.update(samples=found["samples"].to(torch.complex64)),
     ],
 )

@@ -10,8 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, disable_adapters, inject_adapters, merge_adapters, remove_adapters
-from lightning_lora import unmerge_adapters
+from lightning_lora import (
+    LoRAConfig,
+    disable_adapters,
+    inject_adapters,
+    merge_adapters,
+    remove_adapters,
+    unmerge_adapters,
+)
 from lightning_lora.adapter import Adapter
 from lightning_lora.frozen import FrozenStatistics, WithoutFastPath
 

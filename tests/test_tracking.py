@@ -182,5 +182,14 @@ def test_only_rank_zero_logs(rank: int, logs: bool, tmp_path: Path, monkeypatch:
     assert bool(logger.metrics) is logs
 
 
+def test_the_loggers_of_the_other_distribution_get_their_tables_too(tmp_path: Path) -> None:
+    pytorch_lightning = pytest.importorskip("pytorch_lightning")
+    logger = pytorch_lightning.loggers.CSVLogger(tmp_path, name="csv")
+    trainer = pytorch_lightning.Trainer(logger=logger, default_root_dir=tmp_path, accelerator="cpu")
+    log_everything(trainer)
+
+    assert [row["name"] for row in read_csv(Path(logger.log_dir) / "lora_injection.csv")] == ["layers.0", "layers.1"]
+
+
 def test_a_trainer_without_loggers_is_fine(tmp_path: Path) -> None:
     log_everything(L.Trainer(logger=False, default_root_dir=tmp_path, accelerator="cpu"))

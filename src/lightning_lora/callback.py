@@ -16,6 +16,7 @@ from lightning_lora.averaging import prepare_averaging
 from lightning_lora.checkpoint_file import MANIFEST
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.fit_end import check_merge, merge_at_fit_end
+from lightning_lora.frozen import keep_base_as_is
 from lightning_lora.guards import check_still_frozen, check_trainer, explain, warn_of_eval_mode, warn_of_idle
 from lightning_lora.hooks import patch_checkpoints, patch_run, unpatch_run
 from lightning_lora.injection import extend_adapters
@@ -104,6 +105,9 @@ class LoRACallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the adapters in train mode, whatever mode the base is in."""
+        record = find_record(pl_module)
+        if record is not None:  # sync_batchnorm=True has put other norm layers in the place of the frozen ones
+            keep_base_as_is(pl_module, saved=record.saved)
         adapters = {name: child for name, child in pl_module.named_modules() if isinstance(child, Adapter)}
         for adapter in adapters.values():
             adapter.train()

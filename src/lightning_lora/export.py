@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lightning_lora.checkpoint import adapter_keys
-from lightning_lora.errors import MergeError
+from lightning_lora.errors import LightningLoRAError, MergeError
 from lightning_lora.layers import AdaptedLayer
 from lightning_lora.merge import DTYPES, MergeConfig, MergeReport, merged_matrices, unused_folder
 from lightning_lora.targets.patterns import canonical
@@ -86,7 +87,9 @@ def write_merged(
 
     try:
         return write_folder(path, fill)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        if isinstance(error, LightningLoRAError):
+            raise
         raise MergeError(
             f"The merged weights can't be written to {path}: {error}. The adapters are untouched, in the module and in "
             "the checkpoints."

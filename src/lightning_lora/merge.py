@@ -137,8 +137,9 @@ class MergeReport:
         from rich.table import Table
 
         table = Table(title=f"merged {self.source} adapters ({self.dtype})", title_justify="left")
-        for header in ("layer", "|update|", "|update|/|weight|", "error/|update|"):
-            table.add_column(header, justify="left" if header == "layer" else "right")
+        table.add_column("layer", overflow="fold")
+        for header in ("|update|", "|update|/|weight|", "error/|update|"):
+            table.add_column(header, justify="right", no_wrap=True)
         worst = sorted(self.layers, key=lambda layer: -layer.error)[:8]
         for layer in worst:
             share = layer.update / layer.weight if layer.weight else math.inf

@@ -43,7 +43,9 @@ class SampleCall:
 
     def _keeper(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._handles:
+            # A distributed strategy calls the root with the arguments of training_step, by a forward put over its own.
+            redirected = name == "" and "forward" in module.__dict__
+            if self._handles and not redirected:
                 self.stop()
                 self.name = name
                 self._args, self._kwargs = _on_cpu(args), _on_cpu(kwargs)

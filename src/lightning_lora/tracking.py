@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger
+
+from lightning_lora.lightning_names import is_a
 
 Row = Mapping[str, Any]
 Cell = str | int | float | None
@@ -74,15 +76,15 @@ def _log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
         logger.save()
 
 
-def _log_table(logger: Logger, key: str, rows: Sequence[Row], *, step: int) -> None:
+def _log_table(logger: Any, key: str, rows: Sequence[Row], *, step: int) -> None:
     """Log ``rows`` as a table if ``logger`` can show one."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    if isinstance(logger, WandbLogger):
+    if is_a(logger, "WandbLogger"):
         logger.log_table(key, columns=columns, data=cells)
-    elif isinstance(logger, TensorBoardLogger):
+    elif is_a(logger, "TensorBoardLogger"):
         logger.experiment.add_text(key, _markdown(columns, cells), step)
-    elif isinstance(logger, CSVLogger):
+    elif is_a(logger, "CSVLogger"):
         _write_csv(Path(logger.log_dir) / f"{key.replace('/', '_')}.csv", columns, cells)
 
 

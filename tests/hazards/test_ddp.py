@@ -135,3 +135,36 @@ def test_a_merge_that_is_refused_is_refused_on_every_rank(ranks: Any) -> None:
 def test_a_merge_that_rank_zero_cannot_write_is_an_error_on_every_rank_at_once(ranks: Any) -> None:
     assert [rank["unwritable_merge"]["error"] for rank in ranks] == ["MergeError"] * 2
     assert "Rank zero could not write" in ranks[1]["unwritable_merge"]["message"]
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    place = tmp_path_factory.mktemp("forked")
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.hazards.fork_runs", str(place)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads((place / "results.json").read_text()), result.stderr
+
+
+def test_forked_training_leaves_the_main_module_untrained_and_says_so(forked: Any) -> None:
+    results, errors = forked
+    assert not results["False"]["moved"]
+    assert results["False"]["adapters"] == 0
+    assert results["False"]["adapter only"]
+    assert errors.count("the module there stays without adapters") == 1
+
+
+def test_forked_training_with_a_merge_gives_the_main_module_the_merged_weights(forked: Any) -> None:
+    results, _ = forked
+    assert results["True"]["moved"]
+    assert results["True"]["adapters"] == 0
+    assert len(results["True"]["merged"]) == 1

@@ -109,7 +109,7 @@ class Tied(nn.Module):
 
 
 def test_a_weight_tied_to_an_embedding_is_refused_by_name() -> None:
-    with pytest.raises(TargetNotFoundError, match=r"tied to 'embedding' and 'projection'; merging would change both"):
+    with pytest.raises(TargetNotFoundError, match=r"tied to 'embedding'; merging would change both"):
         inject_adapters(Tied(), LoRAConfig(target_modules=["projection"]))
 
 
@@ -122,7 +122,7 @@ def test_a_weight_tied_to_an_embedding_is_skipped_by_preset() -> None:
 def test_two_layers_with_one_weight_are_refused_by_name() -> None:
     net = nn.ModuleDict({"a": linear(), "b": linear()})
     net["b"].weight = net["a"].weight
-    with pytest.raises(TargetNotFoundError, match="tied to 'a' and 'b'"):
+    with pytest.raises(TargetNotFoundError, match="tied to 'a'"):
         inject_adapters(net, LoRAConfig(target_modules=["b"]))
 
 

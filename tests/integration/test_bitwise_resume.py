@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 
+from lightning_lora import CheckpointError
 from tests.integration.lives import (
     LIGHTNINGS_ADVICE,
     Recorder,
@@ -195,6 +196,36 @@ def test_without_the_saved_random_state_the_losses_differ(shuffle: str, tmp_path
     resumed = run(case, tmp_path / "resumed", epochs=2, seed=99, resume=tmp_path / "without.ckpt")
     assert resumed["step"] == whole["step"]
     assert second_epoch(resumed["logged"]) != second_epoch(whole["logged"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state.pop("torch"),
+        lambda state: state.update(torch=torch.zeros(3, dtype=torch.uint8)),
+        lambda state: state.update(python=[3, torch.zeros(2, dtype=torch.uint32), None]),
+        lambda state: state.update(python="no state"),
+        lambda state: state.update(numpy=["MT19937", torch.zeros(2, dtype=torch.uint32), 0, 0, 0.0]),
+        lambda state: state.update(loaders=[1, 2]),
+    ],
+    ids=["no torch", "short torch", "short python", "python text", "short numpy", "loader numbers"],
+)
+def test_a_damaged_random_state_is_refused_before_anything_is_drawn(damage: Any, tmp_path: Path) -> None:
+    run(Case(), tmp_path, epochs=1, seed=7)
+    saved = read(half_way(tmp_path))
+    damage(saved["lightning_lora"]["random_state"])
+    torch.save(saved, tmp_path / "damaged.ckpt")
+    with isolate_rng(), pytest.raises(CheckpointError, match="random state in this checkpoint is damaged"):
+        torch.manual_seed(0)
+        try:
+            quiet_trainer(tmp_path, lora(dropout=0.3)).fit(
+                NoisyEpochs(dropout=0.3, ruin=1.0),
+                shuffled("global stream"),
+                loader(),
+                ckpt_path=tmp_path / "damaged.ckpt",
+            )
+        finally:
+            assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_file_saved_by_hand_after_the_fit_resumes_the_same(tmp_path: Path) -> None:

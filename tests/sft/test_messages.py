@@ -9,13 +9,13 @@ from lightning_lora.sft.noise import with_typo, write_serials
 from lightning_lora.sft.pools import Pool
 
 SIZE = 300
-KEYS = ["units", "line", "topic", "flag", "site", "contact"]
+KEYS = ["topic", "urgency", "line", "units", "site", "contact"]
 
 
 def pools() -> dict[str, Pool]:
     """Every pool of wordings and values, by where it stands."""
     found = {f"values.{name}": value for name, value in vars(values).items() if isinstance(value, Pool)}
-    for name in ("MACHINES", "TOPICS", "FLAGS"):
+    for name in ("MACHINES", "TOPICS", "URGENCIES"):
         found |= {f"{name}.{term}": pool for term, pool in getattr(vocabulary, name).items()}
     return found
 
@@ -40,7 +40,7 @@ def test_no_wording_is_in_two_splits_or_twice_in_one(name):
     assert all(pools()[name].of(split) for split in SPLITS)
 
 
-@pytest.mark.parametrize("terms", [vocabulary.MACHINES, vocabulary.TOPICS, vocabulary.FLAGS])
+@pytest.mark.parametrize("terms", [vocabulary.MACHINES, vocabulary.TOPICS, vocabulary.URGENCIES])
 def test_no_wording_stands_for_two_house_terms(terms):
     everything = [wording for pool in terms.values() for split in SPLITS for wording in pool.of(split)]
     assert len(everything) == len(set(everything))
@@ -77,7 +77,7 @@ def test_every_ticket_has_the_six_keys_and_house_terms_only(split):
         assert list(ticket) == KEYS
         assert ticket["line"] in vocabulary.MACHINES
         assert ticket["topic"] in vocabulary.TOPICS
-        assert ticket["flag"] in vocabulary.FLAGS
+        assert ticket["urgency"] in vocabulary.URGENCIES
         assert all(re.fullmatch(r"[A-Z]{2}-\d{4}", unit) for unit in ticket["units"])
 
 

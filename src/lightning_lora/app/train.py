@@ -47,22 +47,26 @@ def train(config: DictConfig) -> float | None:
 
 def _fit_and_test(run: Run, config: DictConfig, *, started: float) -> dict[str, float]:
     """Fit, with tests around it as the configuration asks; return all that was logged."""
-    if run.report is not None:
-        # The adapters are there already, and change nothing yet: this is the base model.
-        run.report.record_before(run.model, _test(run))
-    run.trainer.fit(run.model, datamodule=run.data, ckpt_path=config.ckpt_path)
-    metrics = logged_metrics(run.trainer)
-    if not (config.test_after_fit or run.report is not None):
-        return metrics
+    if run.report is None:
+        metrics = _fit(run, config)
+        return {**metrics, **_test(run, weights=config.test_weights)} if config.test_after_fit else metrics
+    lora = run.lora  # refused now rather than after the training
+    # The adapters are there already, and change nothing yet: this is the base model.
+    run.report.record_before(run.model, _test(run, weights="live"))
+    metrics = _fit(run, config)
     after = _test(run, weights=config.test_weights)
-    if run.report is not None:
-        run.report.record_after(run.model, after)
-    if run.report is not None and run.trainer.is_global_zero:
-        run.report.write(trainer=run.trainer, lora=run.lora, seconds=time.perf_counter() - started)
+    run.report.record_after(run.model, after)
+    if run.trainer.is_global_zero:
+        run.report.write(trainer=run.trainer, lora=lora, seconds=time.perf_counter() - started)
     return {**metrics, **after}
 
 
-def _test(run: Run, *, weights: str = "live") -> dict[str, float]:
+def _fit(run: Run, config: DictConfig) -> dict[str, float]:
+    run.trainer.fit(run.model, datamodule=run.data, ckpt_path=config.ckpt_path)
+    return logged_metrics(run.trainer)
+
+
+def _test(run: Run, *, weights: str) -> dict[str, float]:
     """Test the model as it is, or with a checkpoint's adapters; return the metrics of all its test sets."""
     dry = getattr(run.trainer, "fast_dev_run", False)  # keeps no checkpoint to test
     ckpt_path = None if weights == "live" or dry else weights

@@ -4,7 +4,7 @@ A message is free text: greetings, asides, typos, odd casing, several machines o
 site or the contact left out. The ticket is strict JSON in the company's own terms, with the same six keys in
 the same order every time::
 
-    {"units": ["KX-4821"], "line": "AQUA", "topic": "WEEP", "flag": "amber", "site": "Leeds", "contact": null}
+    {"topic": "WEEP", "urgency": "amber", "line": "AQUA", "units": ["KX-4821"], "site": "Leeds", "contact": null}
 
 The rules of the house, which a model has to learn from the examples alone:
 
@@ -13,7 +13,7 @@ The rules of the house, which a model has to learn from the examples alone:
 * ``line``: AQUA pumps, AERO compressors, CRYO cooling, PYRO heating.
 * ``topic``: HALT stands still, WEEP leaks, HUM is noisy, DRIFT measures wrongly, DOCK delivery, TALLY
   billing.
-* ``flag``: red now, amber within days, green no hurry, and green too where nothing is said.
+* ``urgency``: red now, amber within days, green no hurry, and green too where nothing is said.
 * ``site``, ``contact``: names as proper names, ``null`` where the message has none.
 """
 
@@ -36,7 +36,7 @@ from lightning_lora.sft.values import (
     person,
     serial,
 )
-from lightning_lora.sft.vocabulary import FLAGS, MACHINES, TOPICS
+from lightning_lora.sft.vocabulary import MACHINES, TOPICS, URGENCIES
 
 SPLITS = ("train", "validation", "test")
 
@@ -45,10 +45,10 @@ SPLITS = ("train", "validation", "test")
 class Ticket:
     """What the company wants to know about a message, in its own terms."""
 
-    units: tuple[str, ...]
-    line: str
     topic: str
-    flag: str
+    urgency: str
+    line: str
+    units: tuple[str, ...]
     site: str | None
     contact: str | None
 
@@ -93,7 +93,7 @@ def _draw_ticket(rng: random.Random, split: str) -> tuple[Ticket, str]:
         units=tuple(serial(rng, split) for _ in range(rng.choices((0, 1, 2, 3), weights=(20, 50, 20, 10))[0])),
         line=line,
         topic=rng.choice(list(TOPICS)),
-        flag=rng.choice(list(FLAGS)),
+        urgency=rng.choice(list(URGENCIES)),
         site=rng.choice(SITES.of(split)) if rng.random() < 0.75 else None,
         contact=person(rng, split) if rng.random() < 0.65 else None,
     )
@@ -135,8 +135,8 @@ def _body(rng: random.Random, split: str, ticket: Ticket) -> list[str]:
             problem = f"{problem}, {which}"
         else:
             others.append(which)
-    if ticket.flag != "green" or rng.random() < 0.5:  # what isn't urgent often goes without saying
-        others.append(rng.choice(FLAGS[ticket.flag].of(split)))
+    if ticket.urgency != "green" or rng.random() < 0.65:  # what isn't urgent often goes without saying
+        others.append(rng.choice(URGENCIES[ticket.urgency].of(split)))
     if rng.random() < 0.35:
         others.append(rng.choice(ASIDES.of(split)))
     rng.shuffle(others)

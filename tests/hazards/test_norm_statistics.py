@@ -1,0 +1,111 @@
+"""Hazard: BatchNorm rewrites its running statistics at every forward, frozen or not: resumed metrics differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from tests.conftest import WIDTH, TinyModule, make_loader
+from tests.hazards.runs import adapters, base, equal, fit, is_adapter_only, lora, metric, read, trained
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
+    pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode"),
+]
+NORMS = {
+    "BatchNorm1d": lambda: nn.BatchNorm1d(WIDTH),
+    "momentum None": lambda: nn.BatchNorm1d(WIDTH, momentum=None),
+    "not affine": lambda: nn.BatchNorm1d(WIDTH, affine=False),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm(WIDTH),
+}
+
+
+class WithNorm(TinyModule):
+    kind = "BatchNorm1d"
+    switching = False
+
+    def build(self) -> None:
+        super().build()
+        self.backbone.insert(1, NORMS[self.kind]())
+
+    def on_train_epoch_start(self) -> None:
+        if self.switching:
+            self.train()
+
+
+def with_norm(kind: str, *, switching: bool = False) -> TinyModule:
+    return type("Net", (WithNorm,), {"kind": kind, "switching": switching})()
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("switching", [False, True], ids=["", "module calls train()"])
+def test_frozen_statistics_do_not_move_and_the_best_file_scores_as_in_the_run(
+    make_trainer: Any, tmp_path: Path, kind: str, switching: bool
+) -> None:
+    module, saver = with_norm(kind, switching=switching), ModelCheckpoint(dirpath=tmp_path, monitor="val_loss")
+    before = base(module)
+    trainer = make_trainer(max_epochs=2, enable_checkpointing=True, callbacks=[lora(), saver])
+    fit(trainer, module)
+    assert trained(module)
+    assert equal(base(module), before)
+    assert is_adapter_only(saver.best_model_path)
+    tester = make_trainer(callbacks=[lora()])
+    found = metric(tester.validate(with_norm(kind), make_loader(), ckpt_path=saver.best_model_path, verbose=False))
+    assert found == float(saver.best_model_score)
+
+
+def test_norm_layers_that_are_exchanged_after_the_injection_are_frozen_too(make_trainer: Any) -> None:
+    class Exchanging(WithNorm):
+        """Does what sync_batchnorm=True does between the injection and the first step, which needs GPUs."""
+
+        def on_fit_start(self) -> None:
+            self.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(self.backbone)
+
+        def on_train_start(self) -> None:
+            self.train()
+
+    module = Exchanging()
+    before = base(module)
+    fit(make_trainer(max_epochs=2, callbacks=[lora()]), module)
+    assert isinstance(module.backbone[1], nn.SyncBatchNorm)
+    assert trained(module)
+    assert equal(base(module), before)
+
+
+def test_a_norm_layer_trained_in_full_moves_and_is_saved_with_its_statistics(make_trainer: Any, tmp_path: Path) -> None:
+    module, saver = with_norm("BatchNorm1d"), ModelCheckpoint(dirpath=tmp_path)
+    trainer = make_trainer(enable_checkpointing=True, callbacks=[lora(modules_to_save=["backbone.1"]), saver])
+    fit(trainer, module)
+    assert bool((module.backbone[1].running_mean != 0).any())
+    keys = {key for key in read(saver.best_model_path)["state_dict"] if ".lora_" not in key}
+    assert keys == {f"backbone.1.{name}" for name in module.backbone[1].state_dict()}
+    score = metric(trainer.test(module, make_loader(), verbose=False))
+    tester = make_trainer(callbacks=[lora(modules_to_save=["backbone.1"])])
+    fresh = with_norm("BatchNorm1d")
+    assert metric(tester.test(fresh, make_loader(), ckpt_path=saver.best_model_path, verbose=False)) == score
+
+
+def test_a_batch_norm_without_running_statistics_stays_as_it_is(make_trainer: Any) -> None:
+    class Stateless(TinyModule):
+        def build(self) -> None:
+            super().build()
+            self.backbone.insert(1, nn.BatchNorm1d(WIDTH, track_running_stats=False))
+
+    module = Stateless()
+    fit(make_trainer(callbacks=[lora()]), module)
+    assert type(module.backbone[1]) is nn.BatchNorm1d
+    assert adapters(module)
+
+
+def test_after_a_merge_norm_layers_are_what_they_were(make_trainer: Any) -> None:
+    module = with_norm("BatchNorm1d")
+    fit(make_trainer(callbacks=[lora(merge=True)]), module)
+    assert type(module.backbone[1]) is nn.BatchNorm1d
+    module.train()
+    module(torch.randn(8, WIDTH))
+    assert bool((module.backbone[1].running_mean != 0).any())
