@@ -153,6 +153,7 @@ def test_what_is_there_already_is_never_touched(tmp_path: Path) -> None:
     (tmp_path / "merged" / "mine.txt").write_text("mine")
     folders = [write_merged(module, tmp_path / "merged", MergeConfig(), make_checkpoint=bare) for _ in range(2)]
     assert [folder.name for folder in folders] == ["merged-v1", "merged-v2"]
+    assert names(tmp_path) == ["merged", "merged-v1", "merged-v2"]
     assert names(tmp_path / "merged") == ["mine.txt"]
 
 

@@ -93,6 +93,12 @@ def test_zero_B_leaves_the_base_output_bitwise(dtype: torch.dtype) -> None:
     assert torch.equal(output, base)
 
 
+def test_the_output_has_the_dtype_of_the_base_output() -> None:
+    x, base = draw(8, IN, seed=1, dtype=torch.float32), draw(8, OUT, seed=2, dtype=torch.bfloat16)
+    A, B = draw(RANK, IN, seed=3, dtype=torch.float32), draw(OUT, RANK, seed=4, dtype=torch.float32)
+    assert low_rank_update(x, base, A, B, scaling=SCALING).dtype == torch.bfloat16
+
+
 def test_neither_input_nor_base_output_is_changed() -> None:
     x, base = draw(8, IN, seed=1), draw(8, OUT, seed=2)
     before = x.clone(), base.clone()

@@ -233,8 +233,8 @@ def test_a_second_name_adds_a_second_adapter_that_becomes_the_active_one(net: Ne
     assert not any("lora" in key for key in net.state_dict())
 
 
-@pytest.mark.parametrize("name", ["", "two words", "a.b", "keys", "items", "0", "forward"])
-def test_a_name_that_cannot_be_a_module_name_is_refused(net: Net, name: str) -> None:
+@pytest.mark.parametrize("name", ["", "two words", "a.b", "keys", "items", "0", "forward", 5, None])
+def test_a_name_that_cannot_be_a_module_name_is_refused(net: Net, name: Any) -> None:
     before = traces(net)
     with pytest.raises(ValueError, match="must be a Python identifier"):
         inject_adapters(net, LoRAConfig(rank=2), name=name)

@@ -106,6 +106,19 @@ def test_injection_leaves_the_random_stream_of_the_user_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_adapters_made_without_memory_get_the_same_values_with_it() -> None:
+    with torch.device("meta"):
+        layer = nn.Linear(24, 20)
+    adapter = adapter_of(layer, LoRAConfig(rank=4))
+    assert adapter.lora_A.is_meta
+    layer.to_empty(device="cpu")
+    assert torch.equal(adapter.lora_A, adapter_of(nn.Linear(24, 20), LoRAConfig(rank=4)).lora_A)
+    assert adapter.lora_B.count_nonzero() == 0
+    trained = nn.init.ones_(adapter.lora_B).clone()
+    layer.to(torch.bfloat16)
+    assert torch.equal(adapter.lora_B, trained)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_step_0_outputs_are_bitwise_those_of_the_base(dtype: torch.dtype) -> None:
     layer = nn.Linear(24, 20, dtype=dtype)

@@ -131,9 +131,7 @@ class LoRACallback(pl.Callback):
     ) -> None:
         """Refuse a base that another callback or the module unfroze."""
         if batch_idx == 0:
-            record = find_record(pl_module)
-            if record is not None:
-                check_still_frozen(pl_module, record)
+            self._check_still_frozen(pl_module)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note which adapters got a gradient in the first batch."""
@@ -150,6 +148,10 @@ class LoRACallback(pl.Callback):
         if self._waiting is not None and self._backwards:
             _check_reached(pl_module, self._waiting)
             self._waiting = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same for what was unfrozen within the epoch, before anything of it is saved at its end."""
+        self._check_still_frozen(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the report."""
@@ -184,6 +186,11 @@ class LoRACallback(pl.Callback):
         """The same after an error or Ctrl-C, when Lightning calls neither ``on_fit_end`` nor ``teardown``."""
         self._clean(trainer, pl_module)
         explain(exception)
+
+    def _check_still_frozen(self, module: pl.LightningModule) -> None:
+        record = find_record(module)
+        if record is not None:
+            check_still_frozen(module, record)
 
     def _clean(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._sample.forget()

@@ -7,6 +7,7 @@ Lightning calls no callback hook between ``configure_model`` and the restoring o
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import CheckpointError, MergeError
 from lightning_lora.hyperparameters import make_hyperparameters_plain
 from lightning_lora.injection import extend_adapters, withdraw_incomplete
-from lightning_lora.merge import merge_adapters, unmerge_adapters
+from lightning_lora.merge import MergeConfig, merge_adapters, unmerge_adapters
 from lightning_lora.patches import is_patched, original, patch, unpatch
 from lightning_lora.random_state import random_state
 from lightning_lora.record import Record, find_record
@@ -143,7 +144,7 @@ def _unmerged(module: pl.LightningModule) -> Iterator[bool]:
         yield was_merged
     finally:
         if was_merged:
-            merge_adapters(module)
+            merge_adapters(module, MergeConfig(tolerance=math.inf))  # this merge was accepted before
 
 
 def _merged(module: pl.LightningModule) -> Any:

@@ -165,7 +165,7 @@ def checksum(tensor: Tensor) -> int:
 def _check(module: nn.Module, record: Record, config: AdapterConfig, name: str) -> None:
     if not isinstance(config, AdapterConfig):
         raise ValueError(f"config must be an adapter config such as LoRAConfig(...), got {config!r}.")
-    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ValueError(f"adapter name {name!r} must be a Python identifier and no method of nn.ModuleDict.")
     if record.merged is not None:
         raise MergeError("The adapters of this module are merged. Call unmerge_adapters(module) first.")
@@ -175,11 +175,21 @@ def _check(module: nn.Module, record: Record, config: AdapterConfig, name: str) 
             f"{nested!r} inside this module was already adapted by a call of its own. "
             "Call remove_adapters on it, or adapt only there."
         )
+    foreign = next((path for path, child in module.named_modules() if _is_of_peft(child)), None)
+    if foreign is not None:
+        raise UnsupportedSetupError(
+            f"{foreign!r} already has an adapter of PEFT, which would be frozen and adapted in turn. Call PEFT's "
+            "merge_and_unload() first, or build the model without get_peft_model."
+        )
     known = record.configs.get(name)
     if known is not None and known != config:
         raise ValueError(
             f"adapter {name!r} is already there with {known}. Call remove_adapters(module) first, or use another name."
         )
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(cls.__module__.startswith("peft.") and cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__)
 
 
 def _saved_names(module: nn.Module, config: AdapterConfig, *, strict: bool) -> tuple[set[str], list[str]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +107,7 @@ class LoRAAdapter(Adapter):
     @torch.no_grad()
     def reset_parameters(self, init: str, *, seed: int) -> None:
         """Draw ``lora_A`` from a generator of its own and set ``lora_B`` to zero."""
+        self._init, self._seed = init, seed
         self.lora_B.zero_()
         if self.lora_A.is_meta:
             return
@@ -118,6 +121,14 @@ class LoRAAdapter(Adapter):
             bound = 1.0 / math.sqrt(max(1, drawn.shape[1]))
             drawn.uniform_(-bound, bound, generator=generator)
         self.lora_A.copy_(drawn)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        had_values = not self.lora_A.is_meta
+        super()._apply(fn, recurse)
+        if not had_values and not self.lora_A.is_meta:  # to_empty() allocates whatever was in the memory
+            self.reset_parameters(self._init, seed=self._seed)
+        return self
 
     @override
     def adapt(self, input: Tensor, base_output: Tensor) -> Tensor:

@@ -123,6 +123,21 @@ def test_a_base_that_another_callback_unfreezes_is_refused(make_trainer: Any) ->
         fit(make_trainer(callbacks=[lora(), Unfreeze()]), TinyModule())
 
 
+def test_a_base_unfrozen_within_an_epoch_is_refused_before_that_epoch_is_saved(
+    make_trainer: Any, tmp_path: Path
+) -> None:
+    class Growing(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                pl_module.head.requires_grad_(True)
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.head.parameters())})
+
+    callbacks = [Growing(), lora(), ModelCheckpoint(dirpath=tmp_path)]
+    with pytest.raises(UnsupportedSetupError, match=r"such as 'head\.weight'"):
+        fit(make_trainer(enable_checkpointing=True, callbacks=callbacks), TinyModule())
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
 class KeepingGradients(TinyModule):
     """Never sets a gradient to None or zero."""
 
@@ -138,6 +153,7 @@ def test_a_stale_gradient_on_the_base_moves_nothing(make_trainer: Any, optimizer
     fit(make_trainer(callbacks=[lora()]), module)
     assert trained(module)
     assert equal(base(module), before)
+    assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
 
 
 OPTIMIZERS = {

@@ -10,7 +10,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject_adapters, load_from_checkpoint, remove_adapters
+from lightning_lora import (
+    LoRAConfig,
+    inject_adapters,
+    load_from_checkpoint,
+    merge_adapters,
+    remove_adapters,
+    unmerge_adapters,
+)
 from tests.conftest import WIDTH, TinyModule, make_loader
 from tests.hazards.runs import adapters, equal, fit, is_adapter_only, lora, metric, read, trained
 
@@ -192,3 +199,31 @@ def test_the_start_of_an_adapter_does_not_depend_on_compilation() -> None:
     for module in (eager, compiled):
         inject_adapters(module, LoRAConfig(rank=2))
     assert all(torch.equal(a, b) for a, b in zip(adapters(eager).values(), adapters(compiled).values(), strict=True))
+
+
+# What the compiler itself asks of an input that is no leaf, when warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+@pytest.mark.parametrize("part", ["the whole", "one layer"])
+@pytest.mark.parametrize("first", ["compiled first", "adapted first"])
+def test_a_module_compiled_in_place_sees_its_adapters_and_keeps_its_keys(part: str, first: str) -> None:
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+    keys = set(net.state_dict())
+    x = torch.randn(3, WIDTH)
+    before = net(x)
+    steps = [
+        lambda: (net if part == "the whole" else net[0]).compile(backend="eager"),
+        lambda: inject_adapters(net, LoRAConfig(rank=2)),
+    ]
+    for step in steps if first == "compiled first" else steps[::-1]:
+        step()
+        torch.testing.assert_close(net(x), before)
+    nn.init.ones_(net[0].adapters["default"].lora_B)
+    adapted = net(x)
+    assert not torch.allclose(adapted, before)
+    merge_adapters(net)
+    torch.testing.assert_close(net(x), adapted)
+    assert set(net.state_dict()) == keys
+    unmerge_adapters(net)
+    torch.testing.assert_close(net(x), adapted)
+    remove_adapters(net)
+    torch.testing.assert_close(net(x), before)

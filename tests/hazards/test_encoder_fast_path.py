@@ -148,3 +148,19 @@ def test_a_subclass_of_multihead_attention_is_recognised_too() -> None:
     report = inject_adapters(net, LoRAConfig())
     assert [row.name for row in report.layers] == ["fc1"]
     assert "attn.out_proj" in report.skipped
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "src_key_padding_mask"])
+def test_a_compiled_encoder_sees_its_adapters_in_eval(masked: bool) -> None:
+    torch._dynamo.reset()
+    net = encoder()
+    inject_adapters(net, LoRAConfig(rank=2))
+    randomize(net)
+    x = torch.randn(4, LENGTH, WIDTH)
+    mask = torch.arange(LENGTH) >= torch.tensor([[6], [4], [2], [1]]) if masked else None
+    visible = ~mask if masked else torch.ones(4, LENGTH, dtype=torch.bool)
+    with torch.no_grad():
+        expected = net.train()(x, src_key_padding_mask=mask)[visible]
+        compiled = torch.compile(net.eval(), backend="eager")
+        torch.testing.assert_close(compiled(x, src_key_padding_mask=mask)[visible], expected)
+    assert torch.backends.mha.get_fastpath_enabled()

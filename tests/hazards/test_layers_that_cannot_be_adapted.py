@@ -193,3 +193,12 @@ def test_what_is_refused_is_left_as_it_was() -> None:
         inject_adapters(net, LoRAConfig(target_modules=["projection"]))
     assert equal(base(net), before)
     assert [p.requires_grad for p in net.parameters()] == flags
+
+
+def test_a_model_that_peft_has_adapted_is_refused() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    adapted = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(UnsupportedSetupError, match=r"already has an adapter of PEFT.*merge_and_unload"):
+        inject_adapters(adapted, LoRAConfig(rank=2))
+    assert inject_adapters(adapted.merge_and_unload(), LoRAConfig(rank=2)).layers

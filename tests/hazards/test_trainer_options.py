@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     ModelCheckpoint,
     ModelPruning,
+    ModelSummary,
 )
 from torch import nn
 
@@ -159,3 +160,71 @@ def test_a_refused_run_leaves_the_module_usable(make_trainer: Any) -> None:
         fit(make_trainer(callbacks=[lora(), lora()]), module)
     fit(make_trainer(callbacks=[lora()]), module)
     assert trained(module)
+
+
+def test_the_same_callback_listed_twice_is_one_callback(make_trainer: Any) -> None:
+    callback, module, once = lora(), TinyModule(), TinyModule()
+    fit(make_trainer(max_epochs=2, callbacks=[callback, callback]), module)
+    fit(make_trainer(max_epochs=2, callbacks=[lora()]), once)
+    assert equal(module.state_dict(), once.state_dict())
+
+
+def test_the_summary_of_lightning_counts_what_the_report_counts(make_trainer: Any) -> None:
+    class Reading(ModelSummary):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            found.append(self._summary(trainer, pl_module))
+
+    found: list[Any] = []
+    callback = lora()
+    fit(make_trainer(enable_model_summary=True, callbacks=[Reading(), callback]), TinyModule())
+    assert found[0].trainable_parameters == callback.report.trainable_parameters
+    assert found[0].total_parameters == callback.report.total_parameters
+
+
+def test_a_file_saved_for_a_requeued_job_is_adapter_only(make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(callbacks=[lora()])
+    fit(trainer, TinyModule())
+    trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(str(tmp_path)))
+    assert is_adapter_only(tmp_path / "hpc_ckpt_1.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_hooks_of_the_module_for_saving_and_loading_are_called_with_what_they_expect(
+    make_trainer: Any, tmp_path: Path
+) -> None:
+    class Hooked(TinyModule):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["vocabulary"] = ["a", "b"]
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.vocabulary, self.keys = checkpoint["vocabulary"], set(checkpoint["state_dict"])
+
+    saver = ModelCheckpoint(dirpath=tmp_path)
+    fit(make_trainer(enable_checkpointing=True, callbacks=[lora(), saver]), Hooked())
+    assert is_adapter_only(saver.best_model_path)
+    module = Hooked()
+    tester = make_trainer(callbacks=[lora()])
+    tester.test(module, make_loader(), ckpt_path=saver.best_model_path, verbose=False)
+    assert module.vocabulary == ["a", "b"]
+    assert module.keys == set(module.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_a_module_that_filters_its_own_state_dict_keeps_its_adapters(make_trainer: Any, tmp_path: Path) -> None:
+    class Filtering(TinyModule):
+        """Leaves a part that it loads from elsewhere out of its files."""
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            state = super().state_dict(*args, **kwargs)
+            return {key: value for key, value in state.items() if not key.startswith("head.")}
+
+        def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+            return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    saver = ModelCheckpoint(dirpath=tmp_path)
+    whole, part = Filtering(), Filtering()
+    fit(make_trainer(max_epochs=2, callbacks=[lora()]), whole)
+    fit(make_trainer(enable_checkpointing=True, callbacks=[lora(), saver]), Filtering())
+    assert is_adapter_only(saver.best_model_path)
+    fit(make_trainer(max_epochs=2, callbacks=[lora()]), part, ckpt_path=saver.best_model_path)
+    assert equal(adapters(part), adapters(whole))

@@ -317,3 +317,19 @@ def test_a_kill_while_the_artifact_is_written_leaves_none_under_its_name(tmp_pat
     assert callback.merge_report is not None
     assert callback.merge_report.folder == str(tmp_path / "artifact")
     assert same(read(tmp_path / "artifact" / "merged.ckpt")["state_dict"], module.state_dict())
+
+
+def test_a_file_is_saved_after_a_merge_that_only_a_raised_tolerance_allowed(tmp_path: Path) -> None:
+    class Barely(Half):
+        """Moves its weights by less than half precision can hold."""
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+    module, trainer, callback = fitted(tmp_path, MergeConfig(tolerance=100.0), module=Barely())
+    assert callback.merge_report is not None
+    assert callback.merge_report.relative_error > MergeConfig().tolerance
+    merged = {key: value.clone() for key, value in module.state_dict().items()}
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert same(read(tmp_path / "after.ckpt")["state_dict"], read(tmp_path / "last.ckpt")["state_dict"])
+    assert same(module.state_dict(), merged)

@@ -55,9 +55,7 @@ def distilbert() -> nn.Module:
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
     return DistilBertForSequenceClassification(
-        DistilBertConfig(
-            vocab_size=40, dim=16, hidden_dim=24, n_layers=2, n_heads=2, max_position_embeddings=16
-        )
+        DistilBertConfig(vocab_size=40, dim=16, hidden_dim=24, n_layers=2, n_heads=2, max_position_embeddings=16)
     )
 
 
@@ -146,9 +144,7 @@ def phi3() -> nn.Module:
 
 
 def torch_encoder() -> nn.Module:
-    return nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(16, 2, dim_feedforward=24, batch_first=True), num_layers=2
-    )
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, dim_feedforward=24, batch_first=True), num_layers=2)
 
 
 def lightning_transformer() -> nn.Module:

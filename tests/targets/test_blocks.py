@@ -108,6 +108,18 @@ def test_experts_inside_blocks_are_no_blocks() -> None:
         select_targets(net, LoRAConfig(target_modules="q", layers=4))
 
 
+def test_a_chain_of_stem_stack_and_head_is_no_list_of_blocks() -> None:
+    net = nn.ModuleDict({"model": nn.Sequential(nn.Linear(4, 4), Stack(4), nn.Linear(4, 2))})
+    selection = select_targets(net, LoRAConfig(layers="last-half"))
+    assert [t.name for t in selection.targets] == [f"model.1.blocks.{i}.{name}" for i in (2, 3) for name in "qv"]
+    assert selection.skipped["model.2"] == "outside layers=['last-half']"
+
+
+def test_a_chain_of_like_layers_is_one() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    assert [t.name for t in select_targets(net, LoRAConfig(layers=[0, -1])).targets] == ["0", "4"]
+
+
 def test_every_block_list_is_counted_on_its_own() -> None:
     net = nn.ModuleDict({"encoder": Stack(4), "decoder": Stack(2)})
     selection = select_targets(net, LoRAConfig(target_modules="q", layers=-1))

@@ -203,6 +203,13 @@ def test_a_layer_onto_the_vocabulary_is_a_head_whatever_its_name() -> None:
     assert [t.name for t in select_targets(net, LoRAConfig()).targets] == ["mid"]
 
 
+def test_a_chain_of_layers_may_end_in_a_head() -> None:
+    net = nn.Sequential(nn.Embedding(30, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 30))
+    selection = select_targets(net, LoRAConfig())
+    assert [t.name for t in selection.targets] == ["1"]
+    assert HEAD in selection.skipped["3"]
+
+
 def test_layers_inside_blocks_are_no_heads_whatever_their_name() -> None:
     blocks = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(4, 4), "out": nn.Linear(4, 4)}) for _ in range(2))
     net = nn.ModuleDict({"blocks": blocks})

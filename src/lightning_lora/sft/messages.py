@@ -4,16 +4,16 @@ A message is free text: greetings, asides, typos, odd casing, several machines o
 site or the contact left out. The ticket is strict JSON in the company's own terms, with the same six keys in
 the same order every time::
 
-    {"topic": "WEEP", "urgency": "amber", "line": "AQUA", "units": ["KX-4821"], "site": "Leeds", "contact": null}
+    {"topic": "WEEP", "urgency": "week", "line": "AQUA", "units": ["KX-4821"], "site": "Leeds", "contact": null}
 
 The rules of the house, which a model has to learn from the examples alone:
 
 * ``units``: every serial in the order named, written ``KX-4821`` however the customer wrote it; ``[]`` where
   there is none.
 * ``line``: AQUA pumps, AERO compressors, CRYO cooling, PYRO heating.
-* ``topic``: HALT stands still, WEEP leaks, HUM is noisy, DRIFT measures wrongly, DOCK delivery, TALLY
-  billing.
-* ``urgency``: red now, amber within days, green no hurry, and green too where nothing is said.
+* ``topic``: HALT stands still, WEEP leaks, HUM is noisy, DRIFT measures wrongly, FREIGHT delivery,
+  LEDGER billing.
+* ``urgency``: now at once, week within days, later no hurry, and later too where nothing is said.
 * ``site``, ``contact``: names as proper names, ``null`` where the message has none.
 """
 
@@ -135,7 +135,7 @@ def _body(rng: random.Random, split: str, ticket: Ticket) -> list[str]:
             problem = f"{problem}, {which}"
         else:
             others.append(which)
-    if ticket.urgency != "green" or rng.random() < 0.65:  # what isn't urgent often goes without saying
+    if ticket.urgency != "later" or rng.random() < 0.65:  # what isn't urgent often goes without saying
         others.append(rng.choice(URGENCIES[ticket.urgency].of(split)))
     if rng.random() < 0.35:
         others.append(rng.choice(ASIDES.of(split)))

@@ -28,12 +28,9 @@ def _misspell(rng: random.Random, word: str) -> str:
     return rng.choice(slips)
 
 
-def casing_of(rng: random.Random, text: str) -> str:
-    """Return the text as it is, now and then all in small letters, rarely all in capitals."""
-    draw = rng.random()
-    if draw < 0.15:
-        return text.lower()
-    return text.upper() if draw < 0.18 else text
+def casing_of(rng: random.Random, text: str, *, lowered: float = 0.12) -> str:
+    """Return the text as it is, or now and then all in small letters, as people type on a phone."""
+    return text.lower() if rng.random() < lowered else text
 
 
 def write_serials(rng: random.Random, serials: Sequence[str]) -> str:

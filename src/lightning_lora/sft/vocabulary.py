@@ -36,7 +36,7 @@ MACHINES = {  # house line -> what customers call such a machine
 }
 
 TOPICS = {  # house topic -> how customers say it
-    "HALT": pool(
+    "outage": pool(
         """the {m} has stopped|the {m} won't start|our {m} shut down during the night|the {m} is dead|
         the {m} is down again|the {m} trips as soon as we switch it on|the {m} does not come on any more|
         the {m} cut out and stays off|nothing happens when we press start on the {m}|the {m} quit working|
@@ -46,7 +46,7 @@ TOPICS = {  # house topic -> how customers say it
         """the {m} stopped working this morning|the {m} will not start up|the {m} keeps shutting down|
         our {m} has gone dead|we can't get our {m} to run|the {m} has broken down""",
     ),
-    "WEEP": pool(
+    "leak": pool(
         """the {m} is leaking|there is water under the {m}|the {m} drips oil|fluid is coming out of the {m}|
         there's a leak on the {m}|we found a puddle beneath the {m}|the shaft seal of the {m} leaks|
         the {m} is losing oil|something drips from the {m}|the floor around the {m} is wet|
@@ -58,7 +58,7 @@ TOPICS = {  # house topic -> how customers say it
         the seal on the {m} is leaking|there is a puddle of oil around the {m}|
         water is running out of the {m}""",
     ),
-    "HUM": pool(
+    "noise": pool(
         """the {m} is very loud|the {m} makes a grinding noise|the {m} vibrates badly|
         there's a rattle in the {m}|the {m} squeals|strange sounds come from the {m}|
         the {m} shakes when running|we hear knocking in the {m}|the {m} hums louder than before|
@@ -70,7 +70,7 @@ TOPICS = {  # house topic -> how customers say it
         the {m} is vibrating more each day|there is an odd knocking noise in the {m}|
         the {m} has become really noisy|the {m} whines and shakes""",
     ),
-    "DRIFT": pool(
+    "gauge": pool(
         """the {m} shows the wrong pressure|the display of the {m} reads too high|
         the temperature on the {m} is off|the {m} needs calibration|the sensor on the {m} gives false values|
         the gauge on the {m} does not agree with ours|readings from the {m} jump around|
@@ -83,7 +83,7 @@ TOPICS = {  # house topic -> how customers say it
         the display on the {m} is not accurate|sensor readings on the {m} are far too low|
         the {m} displays a false temperature|the {m} gives incorrect readings""",
     ),
-    "DOCK": pool(
+    "freight": pool(
         """the filter for the {m} has not arrived|where is our delivery for the {m}|
         the parcel with the {m} parts is missing|we are still waiting for the spare parts for the {m}|
         when will the {m} be delivered|tracking for the {m} kit says lost|
@@ -97,7 +97,7 @@ TOPICS = {  # house topic -> how customers say it
         where is the {m} we ordered|the parcel for the {m} still hasn't arrived|
         we are waiting for the shipment of {m} parts|the {m} kit was sent to the wrong place""",
     ),
-    "TALLY": pool(
+    "billing": pool(
         """the invoice for the {m} is wrong|you charged us twice for the {m}|
         we never got the bill for the {m}|please send a copy of the invoice for the {m}|
         the price on the {m} bill does not match the quote|we need a credit note for the {m}|
@@ -113,8 +113,8 @@ TOPICS = {  # house topic -> how customers say it
     ),
 }
 
-URGENCIES = {  # house colour -> urgency as customers word it; a message that says nothing about it is green
-    "red": pool(
+URGENCIES = {  # house urgency -> how customers word it; a message that says nothing about it is for later
+    "now": pool(
         """this is urgent|we need someone today|production is standing still|please come at once|
         it is an emergency|every hour costs us money|the whole plant is down|top priority please|
         call back immediately|we can't wait|asap please|help needed right now|
@@ -124,7 +124,7 @@ URGENCIES = {  # house colour -> urgency as customers word it; a message that sa
         """this is very urgent, please hurry|we need help immediately|production has stopped because of this|
         please treat this as an emergency|someone has to come today|we need this right away""",
     ),
-    "amber": pool(
+    "week": pool(
         """sometime this week would be good|please handle it in the next few days|we can manage until Friday|
         it should be done soon|before the weekend if possible|within the week please|
         we can work around it for a couple of days|by Thursday please|we can hold out for two or three days|
@@ -136,7 +136,7 @@ URGENCIES = {  # house colour -> urgency as customers word it; a message that sa
         it ought to be done before Friday|we need it by the end of this week|
         within the next few days would be good""",
     ),
-    "green": pool(
+    "later": pool(
         """no rush|whenever it suits you|at the next regular visit is fine|not urgent|take your time|
         it can wait|no hurry from our side|when you are in the area|some time next month is ok|
         just so you know|there is no time pressure|it is a minor thing|low priority|

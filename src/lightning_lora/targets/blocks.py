@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lightning_lora.class_swap import original_class
+
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 
 
@@ -18,9 +20,11 @@ class BlockLists:
     Args:
         module: The root that dotted names start from.
         candidates: Dotted names of the layers that may be adapted.
+        alike: Whether an ``nn.Sequential`` counts only if these entries are of one class, so that a chain of a stem, a
+            stack and a head is no list of blocks.
     """
 
-    def __init__(self, module: nn.Module, candidates: Iterable[str]) -> None:
+    def __init__(self, module: nn.Module, candidates: Iterable[str], *, alike: bool = False) -> None:
         self._lists: dict[str, dict[int, set[str]]] = {}
         lengths: dict[str, int] = {}
         for candidate in candidates:
@@ -32,7 +36,11 @@ class BlockLists:
                     self._lists.setdefault(name, {}).setdefault(int(parts[end]), set()).add(candidate)
                     lengths[name] = len(container)
         self._lengths = lengths
-        repeated = {name for name, blocks in self._lists.items() if len(blocks) >= 2}
+        repeated = {
+            name
+            for name, blocks in self._lists.items()
+            if len(blocks) >= 2 and (not alike or _are_alike(module.get_submodule(name), blocks))
+        }
         inner = {name for name in repeated for other in repeated if name != other and _is_inside(name, other)}
         self._lists = {name: self._lists[name] for name in sorted(repeated - inner)}
 
@@ -88,6 +96,12 @@ def _indices(entry: str | int, holding: list[int], length: int, longest: int) ->
     if int(bounds[2]) >= longest:
         raise ValueError(f"layers entry {entry!r} goes past the last block, which is number {longest - 1}.")
     return list(range(int(bounds[1]), int(bounds[2]) + 1))
+
+
+def _are_alike(container: nn.Module, indices: Iterable[int]) -> bool:
+    if not isinstance(container, nn.Sequential):
+        return True
+    return len({original_class(container[index]) for index in indices}) == 1
 
 
 def _is_inside(name: str, other: str) -> bool:

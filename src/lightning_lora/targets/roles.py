@@ -109,9 +109,10 @@ class Roles:
         layer = self._modules[name]
         if id(layer) in self._transformers_heads:
             return True
-        if any(prefix in self._blocks for prefix in prefixes(name)):
-            return False
         out_in = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
+        blocks = [prefix for prefix in prefixes(name) if prefix in self._blocks]
+        if blocks:  # a chain of layers may end in the head; what is inside a block is none
+            return blocks == [name] and out_in in self._vocabularies
         parts = canonical(name).split(".")
         # "decoder" is also the name of whole stacks: only a layer of that name itself is a head.
         named = parts[-1] in _HEADS or bool(_HEADS.difference({"decoder", "output", "out"}).intersection(parts))

@@ -171,7 +171,7 @@ class _Selector:
             return chosen
         assert isinstance(self.config.layers, tuple)
         try:
-            kept = BlockLists(self.module, chosen).select(self.config.layers)
+            kept = BlockLists(self.module, chosen, alike=True).select(self.config.layers)
         except ValueError:
             if strict:
                 raise
