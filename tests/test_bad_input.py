@@ -38,6 +38,7 @@ from lightning_lora import (
     merge_adapters,
 )
 from lightning_lora.adapter import Adapter
+from lightning_lora.checkpoint_file import read_checkpoint
 from tests.conftest import TinyModule, make_loader
 
 CONFIG = LoRAConfig(rank=2, alpha=4)
@@ -507,7 +508,7 @@ def test_a_bit_flipped_in_the_optimizer_state_is_noticed_too(files: Files, tmp_p
     for part in [name for name in names if "/data/" in name]:
         flip(part)(files, path)
         with pytest.raises(CheckpointError, match="checksum of"):
-            attempt("test", tmp_path, path, TinyModule())
+            read_checkpoint(path)
         noticed += 1
     assert noticed > 8  # four adapter tensors and two moments of each
 

@@ -93,7 +93,7 @@ def fitted(make_trainer: Any, folder: Path, module: TinyModule, epochs: int = 1,
     return saver.best_model_path, trainer
 
 
-@pytest.mark.parametrize("cls", [*MOMENTS, AheadOfTime])
+@pytest.mark.parametrize("cls", [Compiled, InFitStart, AheadOfTime])
 def test_a_compiled_submodule_trains_as_the_eager_one_and_its_file_has_clean_keys(
     make_trainer: Any, tmp_path: Path, cls: Any
 ) -> None:
@@ -131,7 +131,7 @@ def test_load_from_checkpoint_of_a_module_that_compiles_itself(make_trainer: Any
     assert trained(twin)
 
 
-@pytest.mark.parametrize("cls", [Never, *MOMENTS])
+@pytest.mark.parametrize("cls", [Compiled, InSetup, InFitStart])
 def test_a_module_trained_in_full_beside_a_compiled_one(make_trainer: Any, tmp_path: Path, cls: Any) -> None:
     module = cls()
     path, trainer = fitted(make_trainer, tmp_path, module, modules_to_save=["backbone.3"])
@@ -148,7 +148,7 @@ def test_frozen_statistics_inside_a_compiled_module_stay_out_of_the_file(make_tr
     assert is_adapter_only(path)
 
 
-@pytest.mark.parametrize("cls", MOMENTS)
+@pytest.mark.parametrize("cls", [Compiled, InFitStart])
 def test_after_a_merge_a_compiled_module_is_plain_again_and_thawed(make_trainer: Any, tmp_path: Path, cls: Any) -> None:
     module = cls()
     x = torch.randn(3, WIDTH)

@@ -4,16 +4,15 @@ A message is free text: greetings, asides, typos, odd casing, several machines o
 site or the contact left out. The ticket is strict JSON in the company's own terms, with the same six keys in
 the same order every time::
 
-    {"topic": "WEEP", "urgency": "week", "line": "AQUA", "units": ["KX-4821"], "site": "Leeds", "contact": null}
+    {"topic": "leak", "urgency": "week", "line": "AQUA", "units": ["KX-4821"], "site": "Leeds", "contact": null}
 
 The rules of the house, which a model has to learn from the examples alone:
 
+* ``topic``: outage stands still, leak, noise, gauge measures wrongly, delivery, billing.
+* ``urgency``: now at once, week within days, later no hurry, and later too where nothing is said.
+* ``line``: AQUA pumps, AERO compressors, CRYO cooling, PYRO heating.
 * ``units``: every serial in the order named, written ``KX-4821`` however the customer wrote it; ``[]`` where
   there is none.
-* ``line``: AQUA pumps, AERO compressors, CRYO cooling, PYRO heating.
-* ``topic``: HALT stands still, WEEP leaks, HUM is noisy, DRIFT measures wrongly, FREIGHT delivery,
-  LEDGER billing.
-* ``urgency``: now at once, week within days, later no hurry, and later too where nothing is said.
 * ``site``, ``contact``: names as proper names, ``null`` where the message has none.
 """
 

@@ -148,7 +148,7 @@ class BeforeAfterReport:
 
 
 def _scores(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: float(metrics[f"test/{name}"]) for name in SCORES}
+    return {name: round(float(metrics[f"test/{name}"]), 6) for name in SCORES}
 
 
 def _base_bytes(model: SFTModule) -> int:

@@ -83,7 +83,7 @@ TOPICS = {  # house topic -> how customers say it
         the display on the {m} is not accurate|sensor readings on the {m} are far too low|
         the {m} displays a false temperature|the {m} gives incorrect readings""",
     ),
-    "freight": pool(
+    "delivery": pool(
         """the filter for the {m} has not arrived|where is our delivery for the {m}|
         the parcel with the {m} parts is missing|we are still waiting for the spare parts for the {m}|
         when will the {m} be delivered|tracking for the {m} kit says lost|
