@@ -26,9 +26,7 @@ WIDTH = 16
 class TinyModule(pl.LightningModule):
     """A regression network with a backbone and a head, built in ``__init__``."""
 
-    def __init__(
-        self, width: int = WIDTH, dropout: float = 0.0, optimizer: str = "all", seed: int = 0
-    ) -> None:
+    def __init__(self, width: int = WIDTH, dropout: float = 0.0, optimizer: str = "all", seed: int = 0) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.build()

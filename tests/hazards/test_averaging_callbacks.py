@@ -49,9 +49,9 @@ def averaging(kind: str) -> pl.Callback:
     if kind == "ema":
         if EMAWeightAveraging is None:
             pytest.skip("EMAWeightAveraging comes with lightning 2.6")
-        return EMAWeightAveraging(decay=0.7)
+        return EMAWeightAveraging(decay=0.9)
     if kind == "multi":
-        return WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.7))
+        return WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.9))
     if kind == "swa":
         return StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
     return WeightAveraging()
