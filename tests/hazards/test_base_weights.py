@@ -156,6 +156,13 @@ def test_a_stale_gradient_on_the_base_moves_nothing(make_trainer: Any, optimizer
     assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
 
 
+def test_an_injection_drops_the_gradients_of_the_base() -> None:
+    module = TinyModule()
+    module(torch.randn(4, WIDTH)).sum().backward()
+    inject_adapters(module, LoRAConfig(rank=2))
+    assert all(p.grad is None for p in module.parameters())
+
+
 OPTIMIZERS = {
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.1),
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
