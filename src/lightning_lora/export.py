@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoint import adapter_keys
 from lightning_lora.errors import LightningLoRAError, MergeError
+from lightning_lora.fresh import is_pretrained_model
 from lightning_lora.layers import AdaptedLayer
 from lightning_lora.merge import DTYPES, MergeConfig, MergeReport, merged_matrices, unused_folder
 from lightning_lora.targets.patterns import canonical
@@ -137,11 +138,7 @@ def _transformers_models(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The outermost transformers models inside ``module``."""
     found: list[str] = []
     for name, child in module.named_modules():
-        is_model = any(
-            cls.__module__ == "transformers.modeling_utils" and cls.__name__ == "PreTrainedModel"
-            for cls in type(child).__mro__
-        )
-        if is_model and not any(name.startswith(f"{outer}.") or outer == "" for outer in found):
+        if is_pretrained_model(child) and not any(name.startswith(f"{outer}.") or outer == "" for outer in found):
             found.append(name)
             yield name, child
 

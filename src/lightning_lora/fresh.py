@@ -17,7 +17,7 @@ def newly_initialized(module: nn.Module) -> list[str]:
     fresh: list[str] = []
     adapters = tuple(f"{name}." for name, child in module.named_modules() if isinstance(child, Adapter))
     for name, child in module.named_modules():
-        if not _is_pretrained_model(child) or any(name.startswith(f"{outer}.") for outer in fresh):
+        if not is_pretrained_model(child) or any(name.startswith(f"{outer}.") for outer in fresh):
             continue
         marks = {key: getattr(p, "_is_hf_initialized", False) for key, p in child.named_parameters()}
         if any(marks.values()):
@@ -26,7 +26,8 @@ def newly_initialized(module: nn.Module) -> list[str]:
     return list(dict.fromkeys(fresh))
 
 
-def _is_pretrained_model(module: nn.Module) -> bool:
+def is_pretrained_model(module: nn.Module) -> bool:
+    """Whether ``module`` is a transformers model; transformers is not imported to recognise it."""
     return any(
         cls.__module__ == "transformers.modeling_utils" and cls.__name__ == "PreTrainedModel"
         for cls in type(module).__mro__
