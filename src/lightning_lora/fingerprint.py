@@ -90,9 +90,9 @@ def _base_parameters(module: nn.Module, record: Record) -> dict[str, Tensor]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.reshape(-1)
-    step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
-    return flat[::step][:SAMPLES_PER_TENSOR].to(torch.float32)
+    size = tensor.numel()
+    spaced = tensor.contiguous().as_strided((min(size, SAMPLES_PER_TENSOR),), (max(1, size // SAMPLES_PER_TENSOR),))
+    return spaced.to(torch.float32)
 
 
 def _by_tensor(fingerprint: dict[str, Any]) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ The form is ChatML without a system turn, as short as it can be: on a CPU every 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 END_OF_TURN = "<|im_end|>"
 _USER = "<|im_start|>user\n"
@@ -23,6 +25,11 @@ class Example:
 
     text: str
     answer: str
+
+
+def answer_json(value: Any) -> str:
+    """Return a value as one line of JSON without white space: a fifth fewer tokens to learn and to generate."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def chat_prompt(text: str, *, instruction: str, shots: tuple[Example, ...] = ()) -> str:

@@ -4,7 +4,7 @@ A message is free text: greetings, asides, typos, odd casing, several machines o
 site or the contact left out. The ticket is strict JSON in the company's own terms, with the same six keys in
 the same order every time::
 
-    {"topic": "leak", "urgency": "week", "line": "AQUA", "units": ["KX-4821"], "site": "Leeds", "contact": null}
+    {"topic":"leak","urgency":"week","line":"AQUA","units":["KX-4821"],"site":"Leeds","contact":null}
 
 The rules of the house, which a model has to learn from the examples alone:
 
@@ -18,11 +18,10 @@ The rules of the house, which a model has to learn from the examples alone:
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import asdict, dataclass
 
-from lightning_lora.sft.chat import Example
+from lightning_lora.sft.chat import Example, answer_json
 from lightning_lora.sft.noise import casing_of, with_typo, write_serials
 from lightning_lora.sft.values import (
     ASIDES,
@@ -53,7 +52,7 @@ class Ticket:
 
     def to_json(self) -> str:
         """Return the ticket as the one line of JSON that the company's systems read."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return answer_json(asdict(self))
 
 
 def company_messages(split: str, size: int, *, seed: int = 0) -> list[Example]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.sft.chat import Example
+from lightning_lora.sft.chat import Example, answer_json
 
 
 def read_records(data_dir: str, split: str) -> list[dict[str, Any]]:
@@ -29,9 +29,9 @@ def read_records(data_dir: str, split: str) -> list[dict[str, Any]]:
 def snips_example(record: dict[str, Any]) -> Example:
     """Intent and slots of a voice-assistant request."""
     answer = {"intent": record["intent"], "slots": record["slots"]}
-    return Example(text=record["text"], answer=json.dumps(answer, ensure_ascii=False))
+    return Example(text=record["text"], answer=answer_json(answer))
 
 
 def e2e_example(record: dict[str, Any]) -> Example:
     """The facts of a restaurant description."""
-    return Example(text=record["text"], answer=json.dumps(record["fields"], ensure_ascii=False))
+    return Example(text=record["text"], answer=answer_json(record["fields"]))

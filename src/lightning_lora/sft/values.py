@@ -12,7 +12,15 @@ SITES = pool(
     Hamburg|Istanbul|Jena|Kiel|Linz|Madrid|Naples|Oslo|Prague|Rotterdam|Seville|Tampere|Utrecht|Vienna|Warsaw|
     York|Zurich|Boston|Chicago|Dallas|Houston|Denver|Memphis|Portland|Seattle|Toronto|Calgary|Austin|Newport|
     Preston|Carlisle|Swansea|Derby|Dublin|Geneva|Munich|Nantes|Kingsford|Westbrook|Ashton|Millfield|
-    Harbour Lane|Green Hill|North Quay|Park Road|Old Mill|Stone Bridge|Long Reach|East Dock""",
+    Harbour Lane|Green Hill|North Quay|Park Road|Old Mill|Stone Bridge|Long Reach|East Dock|Aberdeen|Ankara|
+    Athens|Augusta|Avignon|Baltimore|Barcelona|Belfast|Bergen|Bologna|Bordeaux|Brno|Bruges|Brussels|Bucharest|
+    Budapest|Cadiz|Cambridge|Cardiff|Catania|Chester|Cleveland|Copenhagen|Cordoba|Coventry|Delft|Detroit|Dijon|
+    Dover|Dundee|Eindhoven|Erfurt|Faro|Fresno|Galway|Genoa|Gothenburg|Granada|Grenoble|Halifax|Hanover|Ipswich|
+    Kassel|Lancaster|Lausanne|Leicester|Leipzig|Liverpool|Lodz|Lucerne|Mainz|Malaga|Marseille|Modena|Montreal|
+    Murcia|Nashville|Omaha|Orlando|Ottawa|Padua|Palermo|Parma|Perth|Pisa|Plymouth|Poznan|Quebec|Rennes|Reno|Riga|
+    Salzburg|Santander|Sheffield|Siena|Stockholm|Strasbourg|Tampa|Toledo|Toulouse|Trieste|Tucson|Turku|Ulm|
+    Uppsala|Venice|Verona|Vigo|Wroclaw|Zagreb|Canal Street|Iron Gate|Maple Court|Castle Park|Broad Lane|
+    Silver Creek|Lower Field|Chapel Row|Red Barn|Union Yard""",
     "Basel|Tallinn|Odense|Norwich|Phoenix|Bern|River Gate|Lakeview",
     """Antwerp|Bristol|Cologne|Durham|Essen|Frankfurt|Glasgow|Helsinki|Krakow|Lisbon|Milan|Oxford|Stuttgart|
     Tulsa|Valencia|Winnipeg|Brookside|Fairview|South Pier|Mill Road|High Bridge|West Dock""",

@@ -140,7 +140,8 @@ URGENCIES = {  # house urgency -> how customers word it; a message that says not
         """no rush|whenever it suits you|at the next regular visit is fine|not urgent|take your time|
         it can wait|no hurry from our side|when you are in the area|some time next month is ok|
         just so you know|there is no time pressure|it is a minor thing|low priority|
-        do it with the yearly service|any time is fine|no need to hurry""",
+        do it with the yearly service|any time is fine|no need to hurry|please look at it when you pass by|
+        please put it on the list for the yearly check|please leave it until your next round""",
         "it is not pressing|at your convenience",
         """there is no hurry at all|this is not urgent for us|whenever you have time|
         it can wait until next month|please do it at the next service|there is no rush on this""",
