@@ -222,3 +222,16 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="not finite"):
         write_merged(module, tmp_path / "merged", MergeConfig(), make_checkpoint=bare)
     assert names(tmp_path) == []
+
+
+def test_weights_that_a_state_dict_hook_renames_are_refused_not_written_unmerged(tmp_path: Path) -> None:
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for key in [key for key in state if key.startswith("backbone.")]:
+            state[key.replace("backbone.", "encoder.")] = state.pop(key)
+
+    module = TinyModule()
+    module._register_state_dict_hook(rename)
+    adapt(module)
+    with pytest.raises(MergeError, match=r"not in the module's state dict, such as 'backbone\.0\.adapters"):
+        write_merged(module, tmp_path / "merged", MergeConfig(), make_checkpoint=bare)
+    assert names(tmp_path) == []

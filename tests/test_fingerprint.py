@@ -182,3 +182,26 @@ def test_a_compiled_part_has_the_fingerprint_of_the_plain_one(wrap: Callable[[nn
     for module in (plain, compiled):
         inject_adapters(module, LoRAConfig(rank=2))
     assert difference(plain, compiled) is None
+
+
+@pytest.mark.parametrize("index", [0, -1])
+@pytest.mark.parametrize("size", [7, 8, 9, 15, 104, 1664])
+def test_the_first_and_the_last_value_of_a_tensor_are_looked_at(size: int, index: int) -> None:
+    def with_extra(offset: float) -> nn.Module:
+        net, values = build(), torch.zeros(size)
+        values[index] += offset
+        net.register_parameter("extra", nn.Parameter(values, requires_grad=False))
+        return net
+
+    assert difference(with_extra(0.0), with_extra(0.0)) is None
+    assert "extra" in str(difference(with_extra(0.0), with_extra(1.0)))
+
+
+def test_a_complex_parameter_is_looked_at_in_both_of_its_parts() -> None:
+    def with_extra(value: complex) -> nn.Module:
+        net = build()
+        net.register_parameter("extra", nn.Parameter(torch.full((9,), value), requires_grad=False))
+        return net
+
+    assert difference(with_extra(1j), with_extra(1j)) is None
+    assert "extra" in str(difference(with_extra(1j), with_extra(2j)))

@@ -169,16 +169,26 @@ def test_evaluation_of_a_transformer_encoder_sees_the_adapters(padding: bool) ->
     assert not torch.allclose(seen, base, atol=1e-2)
 
 
-def test_the_global_switch_of_the_fast_path_is_as_before() -> None:
+def test_the_global_switch_of_the_fast_path_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     module = encoder().eval()
     inject_adapters(module, LoRAConfig(rank=2))
-    assert torch.backends.mha.get_fastpath_enabled()
+    switched: list[bool] = []
+    monkeypatch.setattr(torch.backends.mha, "set_fastpath_enabled", switched.append)
     with torch.no_grad():
         module(torch.randn(2, 5, 16))
     assert torch.backends.mha.get_fastpath_enabled()
-    with pytest.raises(AssertionError, match="embedding dimension"):
-        module(torch.randn(2, 5, 15))
-    assert torch.backends.mha.get_fastpath_enabled()
+    assert switched == []
+
+
+def test_an_encoder_whose_first_layer_has_no_adapters_passes_no_nested_tensors_to_the_others() -> None:
+    module = encoder().eval()
+    inject_adapters(module, LoRAConfig(rank=2, target_modules=[r"layers\.1\.linear1"]))
+    nn.init.normal_(module.layers[1].linear1.adapters["default"].lora_B)
+    x, mask = torch.randn(2, 5, 16), torch.arange(5) >= torch.tensor([[5], [3]])
+    expected = module.train()(x, src_key_padding_mask=mask)[~mask]
+    with torch.no_grad():
+        seen = module.eval()(x, src_key_padding_mask=mask)[~mask]
+    torch.testing.assert_close(seen, expected)
 
 
 def test_encoders_without_adapters_keep_their_class() -> None:

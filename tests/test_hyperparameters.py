@@ -133,3 +133,34 @@ def test_a_checkpoint_without_hyperparameters_stays_without() -> None:
     checkpoint: dict[str, Any] = {"state_dict": {}}
     assert make_hyperparameters_plain(checkpoint) == {"left_out": [], "omegaconf": []}
     assert checkpoint == {"state_dict": {}}
+
+
+def test_an_interpolation_that_means_nothing_here_is_kept_as_written_and_others_are_resolved() -> None:
+    node = OmegaConf.create({"a": 1, "b": "${.a}", "cwd": "${hydra:runtime.cwd}", "needed": "???", "c": ["${cwd}", 2]})
+    expected = {"a": 1, "b": 1, "cwd": "${hydra:runtime.cwd}", "needed": "???", "c": ["${cwd}", 2]}
+    for given in (node, {"node": node}):
+        values, changes = make_plain(given)
+        assert (values if given is node else values["node"]) == expected
+        assert changes["left_out"] == []
+
+
+@pytest.mark.parametrize("name", ["cfg", "kwargs", None])
+def test_one_argument_that_holds_all_values_is_noted_as_readable_by_attribute(name: str | None) -> None:
+    checkpoint: dict[str, Any] = {"hyper_parameters": OmegaConf.create({"a": 1}), "hparams_name": name}
+    checkpoint["hparams_type"] = type(checkpoint["hyper_parameters"])
+    make_hyperparameters_plain(checkpoint)
+    assert checkpoint.get("hparams_type") == ("AttributeDict" if name == "cfg" else None)
+
+
+def test_for_the_original_class_nested_omegaconf_is_read_by_attribute_and_opens_safely() -> None:
+    checkpoint: dict[str, Any] = {
+        "hyper_parameters": {"cfg": OmegaConf.create({"net": {"width": 3, "items": [{"a": 1}]}})}
+    }
+    make_hyperparameters_plain(checkpoint, keep_objects=True)
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    file.seek(0)
+    cfg = torch.load(file, weights_only=True)["hyper_parameters"]["cfg"]
+    assert cfg.net.width == cfg["net"]["width"] == 3
+    assert cfg["net"]["items"][0].a == 1
+    assert list(cfg.net.items()) == [("width", 3), ("items", [{"a": 1}])]

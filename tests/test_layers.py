@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, inject_adapters, remove_adapters
+from lightning_lora import LoRAConfig, disable_adapters, inject_adapters, remove_adapters
 from lightning_lora.layers import (
     AdaptedConv1D,
     AdaptedLayer,
@@ -20,6 +20,8 @@ from lightning_lora.layers import (
     detach_adapters,
     host_of,
 )
+from tests.conftest import TinyModule, make_loader
+from tests.hazards import runs as hazards
 
 
 class OwnLinear(nn.Linear):
@@ -193,3 +195,64 @@ def test_one_dimension_inputs_and_empty_batches_pass() -> None:
     x = torch.randn(5)
     torch.testing.assert_close(layer(x), layer(x[None])[0])
     assert layer(torch.zeros(0, 5)).shape == (0, 3)
+
+
+class Watching(nn.Linear):
+    """Notes the weight that its forward finds."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.__dict__.setdefault("seen", []).append(state_of(self.weight))
+        return super().forward(input)
+
+
+def state_of(weight: Tensor) -> tuple[int, int, list[float]]:
+    return weight.data_ptr(), weight._version, weight.flatten().tolist()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_a_forward_never_puts_anything_in_the_place_of_the_weight(training: bool, grad: bool) -> None:
+    layer = Watching(5, 3)
+    train(adapt(layer))
+    before, seen = state_of(layer.weight), layer.__dict__.setdefault("seen", [])
+    layer.register_forward_pre_hook(lambda *_: seen.append(state_of(layer.weight)))
+    layer.register_forward_hook(lambda *_: seen.append(state_of(layer.weight)))
+    x = torch.randn(4, 5)
+    with torch.set_grad_enabled(grad):
+        for mode in (training, not training, training):
+            layer.train(mode)
+            seen.append(state_of(layer.weight))
+            output = layer(x)
+    assert not torch.allclose(output, nn.functional.linear(x, layer.weight, layer.bias))
+    assert len(seen) == 12
+    assert all(state == before for state in seen)
+    assert state_of(layer.weight) == before
+
+
+def test_a_trainer_run_with_the_callback_leaves_disabled_adapters_disabled(make_trainer: Any) -> None:
+    module, callback = TinyModule(), hazards.lora()
+    loader = make_loader()
+    base = hazards.metric(make_trainer().test(module, loader, verbose=False))
+    hazards.fit(make_trainer(max_epochs=3, callbacks=[callback]), module)
+    with disable_adapters(module):
+        for again in (callback, hazards.lora()):
+            assert hazards.metric(make_trainer(callbacks=[again]).test(module, loader, verbose=False)) == base
+    adapted = hazards.metric(make_trainer(callbacks=[callback]).test(module, loader, verbose=False))
+    assert adapted != pytest.approx(base, rel=1e-3)
+
+
+def test_a_layer_that_holds_an_adapter_already_keeps_what_is_active() -> None:
+    layer = adapt(nn.Linear(5, 3))
+    for active in ((), ("other",)):
+        layer.active = active
+        assert attach_adapter(layer, "default").active == active
+    assert attach_adapter(layer, "new").active == ("new",)
+
+
+def test_a_class_with_a_forward_of_its_own_is_told_from_one_without() -> None:
+    class Named(nn.Linear):
+        """Changes nothing."""
+
+    assert [adapt(build()).has_own_forward for build in (linear, conv1d)] == [False, False]
+    assert not adapt(Named(5, 3)).has_own_forward
+    assert adapt(OwnLinear(5, 3)).has_own_forward

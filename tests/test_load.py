@@ -18,6 +18,8 @@ from lightning_lora import (
     CheckpointError,
     LoRACallback,
     LoRAConfig,
+    disable_adapters,
+    inject_adapters,
     load_from_checkpoint,
 )
 from lightning_lora.load import config_from_dict
@@ -181,3 +183,22 @@ def test_a_config_is_rebuilt_from_its_dict() -> None:
 def test_a_damaged_config_is_an_error_of_the_file(values: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         config_from_dict(values)
+
+
+def test_the_adapter_that_acted_at_the_save_acts_after_a_load(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    module = TinyModule()
+    inject_adapters(module, LoRAConfig(rank=2), name="first")
+    for layer in (module.backbone[0], module.backbone[3]):
+        nn.init.normal_(layer.adapters["first"].lora_B, std=0.1)
+    trainer = make_trainer(callbacks=[LoRACallback(LoRAConfig(rank=2, target_modules="0"), print_report=False)])
+    trainer.fit(module, make_loader(), make_loader())
+    x = torch.randn(3, 16)
+    for active in (("default",), ("first",)):
+        module.backbone[0].active = active
+        trainer.save_checkpoint(tmp_path / f"{active}.ckpt")
+        loaded = load_from_checkpoint(TinyModule, tmp_path / f"{active}.ckpt")
+        assert loaded.backbone[0].active == active
+        assert torch.equal(loaded.eval()(x), module.eval()(x))
+    with disable_adapters(module):
+        trainer.save_checkpoint(tmp_path / "disabled.ckpt")
+    assert load_from_checkpoint(TinyModule, tmp_path / "disabled.ckpt").backbone[0].active == ("default",)

@@ -314,3 +314,134 @@ def test_an_unused_folder_is_never_one_that_exists(tmp_path: Any) -> None:
     assert unused_folder(tmp_path / "merged") == tmp_path / "merged-v1"
     (tmp_path / "merged-v1").write_text("a file is in the way, too")
     assert unused_folder(tmp_path / "merged") == tmp_path / "merged-v2"
+
+
+def test_weights_loaded_after_a_merge_are_not_thrown_away_by_an_unmerge() -> None:
+    net = adapted()
+    merge_adapters(net)
+    net.load_state_dict({key: torch.full_like(value, 3.0) for key, value in net.state_dict().items()})
+    loaded = bits(net)
+    with pytest.raises(MergeError, match=r"weight of 'a' is not the merged one any more.*remove_adapters\(module\)"):
+        unmerge_adapters(net)
+    assert same(bits(net), loaded)
+    assert is_merged(net)
+    remove_adapters(net)
+    assert same(bits(net), loaded)
+
+
+def test_a_layer_replaced_after_a_merge_is_not_taken_for_the_merged_one() -> None:
+    net = adapted()
+    merge_adapters(net)
+    net.b = nn.Identity()  # type: ignore[assignment]
+    with pytest.raises(MergeError, match="weight of 'b' is not the merged one"):
+        unmerge_adapters(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_alone_does_not_count_as_a_change_of_the_merged_weights(dtype: torch.dtype) -> None:
+    net = adapted()
+    merge_adapters(net)
+    unmerged = copy.deepcopy(adapted()).to(dtype)
+    net.to(dtype)
+    unmerge_adapters(net)
+    assert torch.equal(net.b.weight, unmerged.b.weight)
+    merge_adapters(net)
+    with torch.no_grad():
+        net.b.weight[0, 0] *= 1.5
+    with pytest.raises(MergeError, match="weight of 'b' is not the merged one"):
+        unmerge_adapters(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_cast_and_edited_weight_is_no_merged_one(dtype: torch.dtype) -> None:
+    net = adapted()
+    merge_adapters(net)
+    net.to(dtype)
+    with torch.no_grad():
+        net.a.weight[0, 0] *= 1 + 2 * torch.finfo(dtype).eps
+    with pytest.raises(MergeError, match="weight of 'a' is not the merged one"):
+        unmerge_adapters(net)
+
+
+def test_what_is_trained_beside_the_merged_layers_does_not_hinder_an_unmerge() -> None:
+    net = adapted()
+    before = net.a.weight.clone()
+    merge_adapters(net)
+    with torch.no_grad():
+        net.a.bias.add_(1.0)
+    unmerge_adapters(net)
+    assert torch.equal(net.a.weight, before)
+
+
+class Scaled(nn.Linear):
+    """Equalized learning rate: scales what the weight gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0.1
+
+
+class Cosine(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = nn.functional.normalize(self.weight, dim=1)
+        return nn.functional.linear(nn.functional.normalize(x, dim=-1), weight, self.bias)
+
+
+class Polite(nn.Linear):
+    """Overrides forward to count its calls, and computes what nn.Linear does."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Paired(nn.Linear):
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return super().forward(x) * gate
+
+
+def holding(layer: nn.Module, dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
+    net = nn.ModuleDict({"own": layer, "plain": nn.Linear(4, 4)}).to(dtype)
+    inject_adapters(net, LoRAConfig(rank=2))
+    for child in net.modules():
+        if isinstance(child, Adapter):
+            nn.init.normal_(child.get_parameter("lora_B"), std=0.1)
+    return net
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", [Scaled, Cosine])
+def test_a_layer_that_does_more_than_multiply_is_not_merged_wrongly(cls: type[nn.Linear], dtype: torch.dtype) -> None:
+    net = holding(cls(8, 4), dtype)
+    before = bits(net)
+    with pytest.raises(MergeError, match=rf"'own' can't be merged: {cls.__name__}\.forward .*exclude_modules"):
+        merge_adapters(net)
+    assert same(bits(net), before)
+    assert not is_merged(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_whose_own_forward_is_linear_is_merged_and_sees_nothing_of_the_probe(dtype: torch.dtype) -> None:
+    net = holding(Polite(8, 4), dtype)
+    called: list[Any] = []
+    net["own"].register_forward_hook(lambda *_: called.append(1))
+    state = torch.get_rng_state()
+    merge_adapters(net)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not called
+    assert net["own"].calls == 0
+
+
+def test_untrained_adapters_of_such_a_layer_are_merged() -> None:
+    net = nn.ModuleDict({"own": Scaled(8, 4)})
+    inject_adapters(net, LoRAConfig(rank=2))
+    merge_adapters(net)
+    assert is_merged(net)
+
+
+def test_a_layer_that_cannot_be_called_with_one_tensor_is_merged_with_a_warning() -> None:
+    net = holding(Paired(8, 4))
+    with pytest.warns(UserWarning, match=r"merge of 'own' is not verified: Paired\.forward"):
+        merge_adapters(net)
+    assert is_merged(net)

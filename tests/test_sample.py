@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from torch import Tensor, nn
 
-from lightning_lora.sample import SampleCall, difference
+from lightning_lora.sample import SampleCall, agree, difference, rounding
 
 
 class Inner(nn.Module):
@@ -164,3 +166,65 @@ def test_difference_is_the_largest_and_the_euclidean_norm_over_all() -> None:
     other = [torch.tensor([1.0, 5.0]), torch.tensor(-1.0), torch.zeros(0)]
     assert difference(one, other) == (4.0, 5.0)
     assert difference(one, one) == (0.0, 0.0)
+
+
+def test_outputs_agree_within_a_share_of_the_effect_or_within_rounding() -> None:
+    def judge(output: float, wanted: float, base: float, eps: float = 1e-7, tolerance: float = 0.3) -> bool:
+        one = [torch.tensor([value], dtype=torch.float64) for value in (output, wanted, base)]
+        return agree(one[:1], one[1:2], one[2:], tolerance=tolerance, eps=eps)
+
+    assert judge(1.2, 1.0, 0.0)
+    assert not judge(1.4, 1.0, 0.0)
+    assert judge(1.4, 1.0, 0.0, tolerance=math.inf)
+    assert judge(1.01, 1.0, 1.0, eps=0.0078)  # no effect to speak of, and an error that bf16 explains
+    assert not judge(1.01, 1.0, 1.0)
+    assert judge(1.0, 1.0, 1.0, eps=0.0)
+    assert not judge(math.nan, 1.0, 0.0)
+
+
+def test_the_rounding_is_that_of_the_coarsest_dtype_and_of_the_kernels_that_the_user_allowed() -> None:
+    assert rounding([torch.float32]) == torch.finfo(torch.float32).eps
+    assert rounding([torch.float64]) == torch.finfo(torch.float64).eps
+    assert rounding([torch.float32, torch.float16]) == torch.finfo(torch.float16).eps
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert rounding([torch.float32]) == torch.finfo(torch.bfloat16).eps
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# What the compiler itself asks of an input that is no leaf, when warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+def test_a_call_inside_compiled_code_is_not_seen_and_breaks_no_graph(root: Root) -> None:
+    torch._dynamo.reset()
+    root.inner.compile(backend="eager", fullgraph=True)
+    sample = SampleCall()
+    sample.watch(root, "inner.fc")
+    root.training_step(torch.ones(2, 3))
+    assert sample.outputs(root) is None
+
+
+class Called(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+    def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        return self(x)
+
+
+def test_under_a_distributed_strategy_the_root_s_own_call_is_kept_and_not_that_of_the_step() -> None:
+    root = Called()
+    wrapper = nn.Sequential()
+    wrapper.forward = lambda *args: root(*args)  # type: ignore[method-assign]
+    sample = SampleCall()
+    sample.watch(root, "fc")
+    _ForwardRedirection()(wrapper, root, "training_step", torch.ones(2, 3), 0)
+    assert sample.name == ""
+    outputs = sample.outputs(root)
+    assert outputs is not None
+    assert outputs[0].shape == (2, 3)

@@ -15,14 +15,8 @@ from lightning_lora.errors import (
 from lightning_lora.injection import disable_adapters, inject_adapters, remove_adapters
 from lightning_lora.load import load_from_checkpoint
 from lightning_lora.lora import LoRAConfig
-from lightning_lora.merge import (
-    MergeConfig,
-    MergedLayer,
-    MergeReport,
-    OutputDifference,
-    merge_adapters,
-    unmerge_adapters,
-)
+from lightning_lora.merge import MergeConfig, merge_adapters, unmerge_adapters
+from lightning_lora.merge_report import MergedLayer, MergeReport, OutputDifference
 from lightning_lora.report import InjectionReport, LayerRow
 from lightning_lora.version import __version__ as __version__
 

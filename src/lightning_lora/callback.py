@@ -23,7 +23,8 @@ from lightning_lora.injection import extend_adapters
 from lightning_lora.layers import adapted_layers
 from lightning_lora.lightning_names import is_a
 from lightning_lora.lora import LoRAConfig
-from lightning_lora.merge import MergeConfig, MergeReport, is_merged, unmerge_adapters
+from lightning_lora.merge import MergeConfig, is_merged, unmerge_adapters
+from lightning_lora.merge_report import MergeReport
 from lightning_lora.optimizers import prune_frozen, require_matching_state, require_trainable
 from lightning_lora.random_state import forget_random_state, reach_epoch_start, resume_random_state
 from lightning_lora.record import find_record
@@ -38,8 +39,8 @@ class LoRACallback(pl.Callback):
     """Fine-tune any LightningModule with LoRA: the module and its optimizer code stay as they are.
 
     The base is frozen, the layers that ``config`` means get adapters, every checkpoint holds only what was trained,
-    ``trainer.fit(ckpt_path=...)`` continues bitwise, ``validate``, ``test`` and ``predict`` work with and without
-    ``ckpt_path``, and at fit end the adapters are merged if asked.
+    ``trainer.fit(ckpt_path=...)`` continues bitwise (within an epoch: if the data loader can, too), ``validate``,
+    ``test`` and ``predict`` work with and without ``ckpt_path``, and at fit end the adapters are merged if asked.
 
     Args:
         config: What to adapt; default: every linear layer, rank 8.

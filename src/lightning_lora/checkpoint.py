@@ -5,18 +5,18 @@ Works on the plain dict that Lightning saves and loads; Lightning itself is not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapter import Adapter
 from lightning_lora.checkpoint_file import MANIFEST
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, CheckpointError, MergeError
-from lightning_lora.fingerprint import base_fingerprint, describe_difference, is_fingerprint
-from lightning_lora.injection import base_buffers, checksum
-from lightning_lora.layers import AdaptedLayer, adapted_layers
+from lightning_lora.fingerprint import Contents, describe_difference, fingerprint, is_fingerprint, survey
+from lightning_lora.hyperparameters import opens_safely
+from lightning_lora.layers import AdaptedLayer
+from lightning_lora.originals import base_buffers, has_values_of, is_extra_state
 from lightning_lora.record import Record, find_record
 from lightning_lora.targets.patterns import canonical
 from lightning_lora.version import __version__
@@ -28,12 +28,7 @@ STATES = ("state_dict", "current_model_state")
 
 def adapter_keys(module: nn.Module) -> set[str]:
     """State-dict keys of all adapter tensors of ``module``, under every name of a shared layer."""
-    return {
-        f"{name}.{key}"
-        for name, child in module.named_modules(remove_duplicate=False)
-        if isinstance(child, Adapter)
-        for key in child.state_dict()
-    }
+    return survey(module).adapter_keys()
 
 
 def strip_base(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
@@ -44,52 +39,59 @@ def strip_base(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         checkpoint: What Lightning is about to save.
 
     Raises:
-        CheckpointError: If an adapter tensor is missing from the state, so that the file would be useless.
+        CheckpointError: If an adapter tensor is missing from the state, or what a module keeps as its extra state is
+            no plain value: the file would be useless.
     """
     record = _live_record(module)
-    adapters = {canonical(key) for key in adapter_keys(module)}
+    contents = survey(module)
+    layers = _by_first_name(contents)
+    adapters = {canonical(key) for key in contents.adapter_keys()}
     saved = {canonical(key) for key in record.saved}
-    buffers: set[str] = set()
-    for entry in STATES:
-        if entry in checkpoint:
-            state = {canonical(key): value for key, value in checkpoint[entry].items()}
-            buffers |= changed_buffers(module, record, state) - saved
-            lost = sorted((adapters | saved) - set(state))
-            if lost:
-                raise CheckpointError(
-                    f"{len(lost)} trained tensors are missing from checkpoint[{entry!r}], such as {lost[0]!r}. "
-                    "Something else filters the state dict (an on_save_checkpoint hook, a strategy); let it keep them."
-                )
-            kept = adapters | saved | buffers
-            checkpoint[entry] = {key: value for key, value in state.items() if key in kept}
-    checkpoint[MANIFEST] = manifest(module, record, adapters=adapters, saved=saved, buffers=buffers)
-
-
-def manifest(
-    module: nn.Module,
-    record: Record,
-    *,
-    adapters: Iterable[str],
-    saved: Iterable[str],
-    buffers: Iterable[str],
-) -> dict[str, Any]:
-    """What a reader has to know of the tensors in a file, in plain types."""
-    return {
+    states = {
+        entry: {canonical(key): value for key, value in checkpoint[entry].items()}
+        for entry in STATES
+        if entry in checkpoint
+    }
+    others = {key for state in states.values() for key in state if key not in contents.parameters} - adapters - saved
+    changed = {key for key in others for state in states.values() if key in state and _has_changed(key, state, record)}
+    kept = adapters | saved | changed
+    for entry, state in states.items():
+        _check_complete(entry, state, adapters | saved)
+        checkpoint[entry] = {key: value for key, value in state.items() if key in kept}
+    checkpoint[MANIFEST] = {
         "format": FORMAT,
         "version": __version__,
         "configs": {name: config.to_dict() for name, config in record.configs.items()},
-        "layers": _layer_settings(module),
+        "layers": {path: _settings_of(layer) for path, layer in layers.items()},
+        "active": {path: list(layer.active) for path, layer in layers.items()},
         "adapters": sorted(adapters),
         "saved": sorted(saved),
-        "buffers": sorted(buffers),
-        "base": base_fingerprint(module, record),
+        "buffers": sorted(changed),
+        "base": fingerprint(contents.base(record)),
+        "base_buffers": fingerprint({key: record.buffers[key] for key in sorted(others - changed)}),
     }
+
+
+def _check_complete(entry: str, state: Mapping[str, Any], trained: set[str]) -> None:
+    lost = sorted(trained - set(state))
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} trained tensors are missing from checkpoint[{entry!r}], such as {lost[0]!r}. "
+            "Something else filters the state dict (an on_save_checkpoint hook, a strategy); let it keep them."
+        )
+    for key, value in state.items():
+        if not isinstance(value, Tensor) and not opens_safely(value):
+            raise CheckpointError(
+                f"{key!r} is of type {type(value).__name__}, which no checkpoint that opens safely (weights_only=True) "
+                "can hold. Let get_extra_state() of that module return tensors and plain values."
+            )
 
 
 def complete_base(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
     """Check an adapter-only checkpoint against ``module`` and fill in the base, in place, with the live tensors.
 
-    The completed state then passes through ``load_state_dict(strict=True)`` of any strategy or callback.
+    Buffers that the file does not hold get the values that they had at the injection. The completed state then passes
+    through ``load_state_dict(strict=True)`` of any strategy or callback.
 
     Raises:
         CheckpointError: If the checkpoint is not adapter-only, or its manifest can't be read.
@@ -98,21 +100,58 @@ def complete_base(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> No
     """
     record = _live_record(module)
     found = read_manifest(checkpoint)
+    contents = survey(module)
     live = {canonical(key): (key, value) for key, value in module.state_dict().items()}
-    wanted = {canonical(key) for key in (*adapter_keys(module), *record.saved)}
-    base = {canonical(key) for key, _ in base_buffers(module, record)}
-    for entry in STATES:
-        if entry in checkpoint:
-            state = {canonical(key): value for key, value in checkpoint[entry].items()}
-            _compare_tensors(state, live, wanted, base.intersection(found["buffers"]))
-            checkpoint[entry] = {key: state.get(name, value) for name, (key, value) in live.items()}
-    _compare_settings(found["layers"], _layer_settings(module))
-    difference = describe_difference(found["base"], base_fingerprint(module, record))
+    trained = {canonical(key) for key in (*contents.adapter_keys(), *record.saved)}
+    base = {canonical(key): value for key, value in base_buffers(module, record)}
+    others = set(live) - set(contents.parameters) - trained
+    wanted = trained | (others & {*found["buffers"]}) | (others - set(base))
+    states = {
+        entry: {canonical(key): value for key, value in checkpoint[entry].items()}
+        for entry in STATES
+        if entry in checkpoint
+    }
+    for state in states.values():
+        _compare_tensors(state, live, wanted)
+    layers = _by_first_name(contents)
+    _compare_settings(found["layers"], {path: _settings_of(layer) for path, layer in layers.items()})
+    _refuse_other_base(describe_difference(found["base"], fingerprint(contents.base(record))))
+    buffers = _buffers_then(found, {key: value for key, value in base.items() if key not in wanted}, record)
+    for entry, state in states.items():
+        checkpoint[entry] = {
+            key: state[name] if name in state else buffers[name].clone() if name in buffers else value
+            for name, (key, value) in live.items()
+        }
+    _restore_active(found["active"], layers)
+
+
+def _buffers_then(found: Mapping[str, Any], live: Mapping[str, Tensor], record: Record) -> Mapping[str, Tensor]:
+    """Values of the buffers that are not in the file because the run that saved it had not changed them."""
+    noted = {key: record.buffers.get(key, value) for key, value in live.items()}
+    difference = describe_difference(found["base_buffers"], fingerprint(noted), what="buffers")
+    # Where the base was loaded after the injection, its buffers were, too.
+    if difference is None or describe_difference(found["base_buffers"], fingerprint(live)) is not None:
+        _refuse_other_base(difference)
+        return noted
+    return live
+
+
+def _refuse_other_base(difference: str | None) -> None:
     if difference is not None:
         raise BaseMismatchError(
             f"The adapters in this checkpoint were trained on another base: {difference}. Build the module with the "
             "weights it had then (same pretrained model, same seed for anything initialised at random)."
         )
+
+
+def _restore_active(found: Mapping[str, list[str]], layers: Mapping[str, AdaptedLayer]) -> None:
+    """Let the adapters act that acted at the save, unless those of either side were disabled for the moment."""
+    different = [path for path, layer in layers.items() if found[path] != list(layer.active)]
+    if different and any(found.values()) and any(layer.active for layer in layers.values()):
+        for path in different:
+            layers[path].active = tuple(found[path])
+            for name in layers[path].adapters:
+                layers[path].adapter(name).requires_grad_(name in found[path])
 
 
 def read_manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,11 +184,13 @@ def read_manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def _broken_parts(found: Mapping[str, Any]) -> list[str]:
     configs, changes = found.get("configs"), found.get("hyper_parameters", {})
+    layers, active = found.get("layers"), found.get("active")
     right = {
         "configs": isinstance(configs, dict) and configs != {} and all(isinstance(c, dict) for c in configs.values()),
-        "layers": isinstance(found.get("layers"), dict),
+        "layers": isinstance(layers, dict) and all(isinstance(settings, dict) for settings in layers.values()),
+        "active": not isinstance(layers, dict) or _are_of_layers(active, layers),
         **{key: _is_names(found.get(key)) for key in ("adapters", "saved", "buffers")},
-        "base": isinstance(found.get("base"), dict) and is_fingerprint(found["base"]),
+        **{key: isinstance(found.get(key), dict) and is_fingerprint(found[key]) for key in ("base", "base_buffers")},
         "optimizers": _is_names(found.get("optimizers", [])),
         "hyper_parameters": isinstance(changes, dict) and all(_is_names(names) for names in changes.values()),
     }
@@ -160,14 +201,17 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def changed_buffers(module: nn.Module, record: Record, state: Mapping[str, Any]) -> set[str]:
-    """Names in ``state`` of persistent buffers that changed since the injection (counters, queues, metric states)."""
-    known = {canonical(key) for key, _ in module.named_parameters(remove_duplicate=False)}
-    return {
-        key
-        for key, value in state.items()
-        if key not in known and isinstance(value, Tensor) and record.buffers.get(key) != checksum(value)
-    }
+def _are_of_layers(active: Any, layers: Mapping[str, Any]) -> bool:
+    return (
+        isinstance(active, dict)
+        and active.keys() == layers.keys()
+        and all(_is_names(names) and all(name in layers[path] for name in names) for path, names in active.items())
+    )
+
+
+def _has_changed(key: str, state: Mapping[str, Any], record: Record) -> bool:
+    """Whether an entry that is no parameter belongs into the file: a counter, queue or metric state that moved."""
+    return key not in record.buffers or is_extra_state(key) or not has_values_of(state[key], record.buffers[key])
 
 
 def _live_record(module: nn.Module) -> Record:
@@ -179,33 +223,32 @@ def _live_record(module: nn.Module) -> Record:
     return record
 
 
-def _layer_settings(module: nn.Module) -> dict[str, dict[str, list[float]]]:
-    """Layer -> adapter -> rank, alpha and scaling: what shapes alone don't tell."""
-    return {
-        canonical(path): {name: _settings_of(layer, name) for name in layer.adapters}
-        for path, layer in adapted_layers(module)
-    }
+def _by_first_name(contents: Contents) -> dict[str, AdaptedLayer]:
+    first: dict[AdaptedLayer, str] = {}
+    for prefix, layer in contents.layers.items():
+        first.setdefault(layer, canonical(prefix.removesuffix(".")))
+    return {path: layer for layer, path in first.items()}
 
 
-def _settings_of(layer: AdaptedLayer, name: str) -> list[float]:
-    adapter = layer.adapter(name)
-    return [adapter.rank, adapter.alpha, adapter.scaling]
+def _settings_of(layer: AdaptedLayer) -> dict[str, list[float]]:
+    """Adapter -> rank, alpha and scaling: what shapes alone don't tell."""
+    adapters = {name: layer.adapter(name) for name in layer.adapters}
+    return {name: [adapter.rank, adapter.alpha, adapter.scaling] for name, adapter in adapters.items()}
 
 
 def _compare_tensors(
     state: Mapping[str, Tensor],
     live: Mapping[str, tuple[str, Tensor]],
     wanted: set[str],
-    welcome: set[str],
 ) -> None:
     missing = sorted(wanted - set(state))
-    unexpected = sorted(key for key in state if key not in live or key not in wanted | welcome)
+    unexpected = sorted(key for key in state if key not in live or key not in wanted)
     problems = []
     if missing:
         problems.append(f"missing from the file: {_some(missing)}")
     if unexpected:
         problems.append(f"in the file, but not trained by this configuration: {_some(unexpected)}")
-    for key in sorted(set(state) & set(live)):
+    for key in sorted(key for key in state if key in live and not is_extra_state(key)):
         value, expected = _form(state[key]), _form(live[key][1])
         if value != expected:
             problems.append(f"{key} is {value} in the file and {expected} here")

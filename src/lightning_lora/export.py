@@ -22,7 +22,8 @@ from lightning_lora.checkpoint import adapter_keys
 from lightning_lora.errors import LightningLoRAError, MergeError
 from lightning_lora.fresh import is_pretrained_model
 from lightning_lora.layers import AdaptedLayer
-from lightning_lora.merge import DTYPES, MergeConfig, MergeReport, merged_matrices, unused_folder
+from lightning_lora.merge import DTYPES, MergeConfig, merged_matrices, unused_folder
+from lightning_lora.merge_report import MergeReport
 from lightning_lora.targets.patterns import canonical
 
 
@@ -110,6 +111,9 @@ def merged_state_dict(module: nn.Module, *, dtype: torch.dtype | None = None) ->
     Args:
         module: A module with live adapters.
         dtype: Of all floating-point entries; None keeps each as it is.
+
+    Raises:
+        MergeError: If the module's state dict has other names than its layers, so that weights can't be placed.
     """
     dropped = adapter_keys(module)
     names = {id(child): name for name, child in module.named_modules()}
@@ -119,7 +123,15 @@ def merged_state_dict(module: nn.Module, *, dtype: torch.dtype | None = None) ->
         for alias, child in module.named_modules(remove_duplicate=False)
         if isinstance(child, AdaptedLayer)
     }
-    state = {key: value for key, value in module.state_dict().items() if key not in dropped}
+    state = module.state_dict()
+    lost = sorted((dropped | set(aliases)) - set(state))
+    if lost:
+        raise MergeError(
+            f"{len(lost)} tensors of the adapted layers are not in the module's state dict, such as {lost[0]!r}: a "
+            "state-dict hook or an own state_dict() renames or drops them, and the file would hold unmerged weights. "
+            "Use merge_adapters(module), then save the module's state dict."
+        )
+    state = {key: value for key, value in state.items() if key not in dropped}
     return {key: aliases[key] if key in aliases else _cast(value, dtype) for key, value in state.items()}
 
 

@@ -1,4 +1,4 @@
-"""Recognise the base that adapters were trained on: names, shapes and a sample of the values of its parameters.
+"""Recognise the base that adapters were trained on: names, shapes and a sample of the values of its tensors.
 
 A sample can't see an edit of values that it does not contain; it tells models, sizes, seeds and training states apart.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapter import Adapter
+from lightning_lora.layers import AdaptedLayer
 from lightning_lora.record import Record
 from lightning_lora.targets.patterns import canonical
 
@@ -25,17 +26,77 @@ def base_fingerprint(module: nn.Module, record: Record) -> dict[str, Any]:
     Args:
         module: A module with adapters that are not merged.
         record: Its record; what is trained on purpose is no part of the base.
+    """
+    return fingerprint(survey(module).base(record))
+
+
+@torch.no_grad()
+def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fingerprint of named dense tensors.
 
     Returns:
         Plain types and one tensor: ``tensors`` maps names to ``[dtype, *shape]``; ``samples`` is fp32 and flat, up to
-        ``SAMPLES_PER_TENSOR`` evenly spaced values of each tensor in turn.
+        ``SAMPLES_PER_TENSOR`` evenly spaced values of each tensor in turn, its first and its last among them.
     """
-    base = _base_parameters(module, record)
-    samples = [_sample(parameter) for parameter in base.values()]
+    samples = [part for tensor in tensors.values() for part in _sample(tensor)]
     return {
-        "tensors": {name: [str(p.dtype).removeprefix("torch."), *p.shape] for name, p in base.items()},
+        "tensors": {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()},
         "samples": torch.cat(samples).cpu() if samples else torch.zeros(0),
     }
+
+
+@dataclass
+class Contents:
+    """What a module holds.
+
+    Attributes:
+        layers: Prefix of its keys, such as ``"net.0."`` -> adapted layer, under every name of a shared one.
+        parameters: Canonical name -> parameter, under every name of a shared one; without those of adapters.
+    """
+
+    layers: dict[str, AdaptedLayer] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+    def adapter_keys(self) -> set[str]:
+        """State-dict keys of all adapter tensors."""
+        return {
+            f"{prefix}adapters.{name}.{key}"
+            for prefix, layer in self.layers.items()
+            for name, adapter in layer.adapters.items()
+            for key in adapter.state_dict()
+        }
+
+    def base(self, record: Record) -> dict[str, Tensor]:
+        """The parameters that are not trained, each under its first name."""
+        saved = set(record.saved)
+        first: dict[int, str] = {}
+        for name, parameter in self.parameters.items():
+            first.setdefault(id(parameter), name)
+        names = (name for name in first.values() if name not in saved)
+        return {name: self.parameters[name] for name in names if not self.parameters[name].is_meta}
+
+
+def survey(module: nn.Module) -> Contents:
+    """Look through a module once.
+
+    ``named_modules`` and ``named_parameters`` pass each item through as many generators as it lies deep, which took
+    most of the time of a save.
+    """
+    found = Contents()
+    waiting: list[tuple[str, nn.Module]] = [("", module)]
+    while waiting:
+        prefix, child = waiting.pop()
+        for key, parameter in child._parameters.items():
+            if parameter is not None:
+                found.parameters[canonical(prefix + key)] = parameter
+        inside = child._modules
+        if isinstance(child, AdaptedLayer):
+            found.layers[prefix] = child
+            inside = {key: held for key, held in inside.items() if key != "adapters"}
+        if inside:
+            held_inside = [(f"{prefix}{key}.", held) for key, held in inside.items() if held is not None]
+            waiting += reversed(held_inside)
+    return found
 
 
 def is_fingerprint(value: Mapping[str, Any]) -> bool:
@@ -48,8 +109,8 @@ def is_fingerprint(value: Mapping[str, Any]) -> bool:
     return len(samples) == sum(_lengths(tensors))
 
 
-def describe_difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
-    """Compare two fingerprints.
+def describe_difference(found: dict[str, Any], expected: dict[str, Any], *, what: str = "parameters") -> str | None:
+    """Compare two fingerprints of parameters, or ``what`` else.
 
     A base may be compared across a change of precision (``precision="bf16-true"`` converts after a checkpoint is
     loaded): values then have to agree to the rounding of the coarser dtype, else exactly.
@@ -60,16 +121,14 @@ def describe_difference(found: dict[str, Any], expected: dict[str, Any]) -> str 
     names, others = found["tensors"], expected["tensors"]
     if set(names) != set(others):
         only_file, only_module = sorted(set(names) - set(others)), sorted(set(others) - set(names))
-        return f"parameters only in the file: {_some(only_file)}; only in the module: {_some(only_module)}"
+        return f"{what} only in the file: {_some(only_file)}; only in the module: {_some(only_module)}"
     shapes = [name for name in names if names[name][1:] != others[name][1:]]
     if shapes:
         name = shapes[0]
         return f"{len(shapes)} shapes differ, such as {name}: {names[name][1:]} in the file, {others[name][1:]} here"
     ours, theirs = _by_tensor(expected), _by_tensor(found)
     different = [name for name in names if not _agree(theirs[name], ours[name], names[name][0], others[name][0])]
-    return (
-        f"the values of {len(different)} of {len(names)} parameters differ: {_some(different)}" if different else None
-    )
+    return f"the values of {len(different)} of {len(names)} {what} differ: {_some(different)}" if different else None
 
 
 def _is_entry(entry: Any) -> bool:
@@ -79,20 +138,18 @@ def _is_entry(entry: Any) -> bool:
     return known and all(isinstance(size, int) and size >= 0 for size in entry[1:])
 
 
-def _base_parameters(module: nn.Module, record: Record) -> dict[str, Tensor]:
-    adapters = {id(p) for child in module.modules() if isinstance(child, Adapter) for p in child.parameters()}
-    saved = set(record.saved)
-    return {
-        canonical(name): parameter.detach()
-        for name, parameter in module.named_parameters()
-        if id(parameter) not in adapters and canonical(name) not in saved and not parameter.is_meta
-    }
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    size = tensor.numel()
-    spaced = tensor.contiguous().as_strided((min(size, SAMPLES_PER_TENSOR),), (max(1, size // SAMPLES_PER_TENSOR),))
-    return spaced.to(torch.float32)
+def _sample(tensor: Tensor) -> list[Tensor]:
+    flat = tensor.contiguous()  # no copy for nearly every tensor
+    size, last = flat.numel(), SAMPLES_PER_TENSOR - 1
+    if size <= SAMPLES_PER_TENSOR:
+        parts = [flat.view(-1)]
+    else:
+        # Rows that were added at the end of an embedding are new at every build: the very last value has to be there.
+        parts = [
+            flat.as_strided((last,), ((size - 1) // last,)),
+            flat.as_strided((1,), (1,), flat.storage_offset() + size - 1),
+        ]
+    return [(part.real + part.imag if part.is_complex() else part).to(torch.float32) for part in parts]
 
 
 def _by_tensor(fingerprint: dict[str, Any]) -> dict[str, Tensor]:

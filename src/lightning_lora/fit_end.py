@@ -1,14 +1,18 @@
-"""The merge at fit end: artifact first, then the live module, then the proof."""
+"""The merge at fit end: the proof first, then the artifact, then the live module."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -19,16 +23,12 @@ from lightning_lora.export import write_merged, write_report
 from lightning_lora.hooks import save_as_the_module_would
 from lightning_lora.hyperparameters import make_hyperparameters_plain
 from lightning_lora.injection import disable_adapters
+from lightning_lora.layers import adapted_layers
 from lightning_lora.lightning_names import is_a
-from lightning_lora.merge import (
-    MergeConfig,
-    MergeReport,
-    OutputDifference,
-    measure_merge,
-    merge_adapters,
-    unmerge_adapters,
-)
-from lightning_lora.sample import SampleCall, difference
+from lightning_lora.merge import MergeConfig, is_merged, measure_merge, merge_adapters, unmerge_adapters
+from lightning_lora.merge_report import MergeReport, OutputDifference
+from lightning_lora.sample import SampleCall, agree, comparable, difference, rounding
+from lightning_lora.targets.patterns import canonical
 
 
 def check_merge(trainer: pl.Trainer, config: MergeConfig) -> None:
@@ -53,23 +53,62 @@ def merge_at_fit_end(
     """Write the merged artifact of a run, make the live module plain, and report on both.
 
     Raises:
-        MergeError: If the merge would not be right; adapters and checkpoints are untouched then.
+        MergeError: If the merge would not be right, or can't be written; adapters and checkpoints are untouched then.
     """
-    config = _load_best(trainer, module, config) if config.source == "best" else config
-    report = measure_merge(module, config)
-    adapted = sample.outputs(module)
-    with disable_adapters(module):
-        base = sample.outputs(module) if adapted else None
-    folder = _write(trainer, module, config)
-    report = dataclasses.replace(report, folder=str(folder))
-    merged = _merge_in_place(module, config)
-    if merged and adapted and base:
-        report = dataclasses.replace(report, output_difference=_output_difference(module, sample, adapted, base))
-    if merged and not config.in_place:
-        unmerge_adapters(module)
+    with _adapters_to_merge(trainer, module, config) as config:
+        report = measure_merge(module, config)
+        proof = _prove_by_outputs(trainer, module, config, sample)
+        folder = _write(trainer, module, config)
+        report = dataclasses.replace(report, folder=str(folder), output_difference=proof)
+        if config.in_place:
+            _merge_in_place(module, config)
     if trainer.is_global_zero:
         write_report(report, folder)
     return report
+
+
+def _prove_by_outputs(
+    trainer: pl.Trainer, module: pl.LightningModule, config: MergeConfig, sample: SampleCall
+) -> OutputDifference | None:
+    """Merge for a moment and compare the outputs, before anything is written; every rank on its own batch."""
+    proof, right = None, True
+    adapted, again = sample.outputs(module), sample.outputs(module)
+    with disable_adapters(module):
+        base = sample.outputs(module)
+    # A module that gives other outputs at every call can't be compared with itself.
+    if adapted and again and base and _equal(adapted, again) and comparable(adapted, base):
+        merged = _merged_outputs(module, config, sample)
+        if merged and comparable(merged, adapted):
+            largest, error = difference(merged, adapted)
+            _, effect = difference(adapted, base)
+            proof = OutputDifference(max_abs=largest, relative=error / effect if effect else 0.0)
+            eps = rounding(layer.weight.dtype for _, layer in adapted_layers(module))
+            right = agree(merged, adapted, base, tolerance=config.tolerance, eps=eps)
+    if not trainer.strategy.reduce_boolean_decision(right):
+        share = "too much" if right or proof is None else f"by {proof.relative:.0%} of what the adapters change"
+        raise MergeError(
+            "The merged module does not compute what the adapted one does: its outputs differ "
+            f"{share}, on a batch of the run{' on another rank' if right else ''} (tolerance {config.tolerance:.0%}). "
+            "Something reads the weight of an adapted layer without calling the layer, as F.linear(x, layer.weight) "
+            "does, and saw the base's weight in the run. Leave that layer out (exclude_modules), or use the adapters "
+            "live. Nothing was written; the adapters and their checkpoints are untouched."
+        )
+    return proof
+
+
+def _merged_outputs(module: pl.LightningModule, config: MergeConfig, sample: SampleCall) -> list[Tensor] | None:
+    try:
+        merge_adapters(module, config)
+    except MergeError:  # the live dtype can't hold it; merging in place says so
+        return None
+    try:
+        return sample.outputs(module)
+    finally:
+        unmerge_adapters(module)
+
+
+def _equal(outputs: list[Tensor], others: list[Tensor]) -> bool:
+    return comparable(outputs, others) and all(map(torch.equal, outputs, others))
 
 
 def _write(trainer: pl.Trainer, module: pl.LightningModule, config: MergeConfig) -> Path:
@@ -97,37 +136,37 @@ def artifact_path(trainer: pl.Trainer, config: MergeConfig) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir) / "merged"
 
 
-def _merge_in_place(module: pl.LightningModule, config: MergeConfig) -> bool:
+def _merge_in_place(module: pl.LightningModule, config: MergeConfig) -> None:
     try:
         merge_adapters(module, config)
     except MergeError as error:
         # The artifact may be in a wider dtype than the live module can hold.
         rank_zero_warn(f"The live module keeps its adapters, only the artifact is merged: {error}")
-        return False
-    return True
 
 
-def _output_difference(
-    module: pl.LightningModule, sample: SampleCall, adapted: list[Any], base: list[Any]
-) -> OutputDifference | None:
-    merged = sample.outputs(module)
-    if merged is None:
-        return None
-    largest, norm = difference(merged, adapted)
-    _, effect = difference(adapted, base)
-    return OutputDifference(max_abs=largest, relative=norm / effect if effect else 0.0)
-
-
-def _load_best(trainer: pl.Trainer, module: pl.LightningModule, config: MergeConfig) -> MergeConfig:
+@contextmanager
+def _adapters_to_merge(trainer: pl.Trainer, module: pl.LightningModule, config: MergeConfig) -> Iterator[MergeConfig]:
+    """Within this context the adapters that the config means are live; after it the last ones, unless merged."""
+    if config.source == "last":
+        yield config
+        return
     callback = _best_callback(trainer)
     path = callback.best_model_path if callback is not None else ""
     if not path:
         rank_zero_warn("No checkpoint was saved in this run: the last adapters are merged, not the best.")
-        return dataclasses.replace(config, source="last")
+        yield dataclasses.replace(config, source="last")
+        return
     checkpoint = read_checkpoint(path)
-    complete_base(module, checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=True)
-    return config
+    trained = set(map(canonical, checkpoint["state_dict"]))
+    frozen = {key for key, _ in module.named_parameters(remove_duplicate=False) if canonical(key) not in trained}
+    last = {key: copy.deepcopy(value) for key, value in module.state_dict().items() if key not in frozen}
+    try:
+        complete_base(module, checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=True)
+        yield config
+    finally:
+        if not is_merged(module):
+            module.load_state_dict({**module.state_dict(), **last}, strict=True)
 
 
 def _is_dry_run(trainer: pl.Trainer) -> bool:
@@ -148,7 +187,7 @@ def _vanilla_checkpoint(module: pl.LightningModule, state: dict[str, Tensor]) ->
         "state_dict": state,
     }
     if module.hparams:
-        checkpoint["hyper_parameters"] = dict(module.hparams)
+        checkpoint["hyper_parameters"] = module.hparams
         if hasattr(module, "_hparams_name"):
             checkpoint["hparams_name"] = module._hparams_name
         # A class that saves objects of its own gets them back, as from its own checkpoints.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from typing_extensions import override
@@ -35,19 +34,21 @@ class WithoutFastPath(SwappedClass):
     """Mixin of ``nn.TransformerEncoder(Layer)`` that computes with its layers, in evaluation too.
 
     In eval mode these classes read the weights of their linear layers and call one fused kernel, so that validation
-    would silently see the base model without its adapters.
+    would silently see the base model without its adapters. Each looks at one of these attributes first, which tell it
+    that it is of a kind that the kernel can't compute; torch's global switch can't be set inside a compiled forward.
     """
 
     class_prefix = "Layerwise"
 
-    @override
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        enabled = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(enabled)
+    @property
+    def activation_relu_or_gelu(self) -> int:
+        """Of the layer: its activation is one that the kernel does not know."""
+        return 0
+
+    @property
+    def use_nested_tensor(self) -> bool:
+        """Of the encoder: it does not pass nested tensors, which only the kernel takes, to its layers."""
+        return False
 
 
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)

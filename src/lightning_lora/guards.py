@@ -140,5 +140,6 @@ def explain(exception: BaseException) -> None:
     elif isinstance(exception, RuntimeError) and "does not require grad" in text:
         exception.args = (
             f"{text}. LoRACallback froze the base, and this loss depends on no adapter: adapt a layer that it goes "
-            "through (target_modules), or train one in full (modules_to_save).",
+            "through (target_modules), or train one in full (modules_to_save). Where the module recomputes "
+            "activations with torch.utils.checkpoint, use_reentrant=True also cuts a frozen input off: pass False.",
         )

@@ -7,7 +7,6 @@ Lightning calls no callback hook between ``configure_model`` and the restoring o
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,8 @@ from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import CheckpointError, MergeError
 from lightning_lora.hyperparameters import make_hyperparameters_plain
 from lightning_lora.injection import extend_adapters, withdraw_incomplete
-from lightning_lora.merge import MergeConfig, merge_adapters, unmerge_adapters
+from lightning_lora.merge import is_merged, unmerge_for_now
+from lightning_lora.merge_changes import changed_since_merge
 from lightning_lora.patches import is_patched, original, patch, unpatch
 from lightning_lora.random_state import random_state
 from lightning_lora.record import Record, find_record
@@ -63,7 +63,7 @@ def save_as_the_module_would(module: pl.LightningModule, checkpoint: dict[str, A
 
 def _configure_model(module: pl.LightningModule, previous: Method, config: AdapterConfig) -> None:
     original(module, "configure_model", previous)()
-    if _merged(module) is None:
+    if not is_merged(module):
         try:
             extend_adapters(module, config, strict=True)
         except Exception:
@@ -75,7 +75,7 @@ def _configure_model(module: pl.LightningModule, previous: Method, config: Adapt
 def _on_save(module: pl.LightningModule, previous: Method, checkpoint: dict[str, Any]) -> None:
     original(module, "on_save_checkpoint", previous)(checkpoint)
     record = find_record(module)
-    if record is None or _is_plain_copy(record):
+    if record is None or _is_plain(module, record):
         return
     changes = make_hyperparameters_plain(checkpoint)
     if changes["left_out"]:
@@ -94,21 +94,29 @@ def _on_save(module: pl.LightningModule, previous: Method, checkpoint: dict[str,
 
 
 def _on_load(module: pl.LightningModule, previous: Method, checkpoint: dict[str, Any]) -> None:
+    load = original(module, "on_load_checkpoint", previous)
     record = find_record(module)
-    if record is not None and not (record.merged is not None and MANIFEST not in checkpoint):
-        if record.merged is not None:
-            _unmerge_for_loading(module, record)
+    if record is None or (record.merged is not None and MANIFEST not in checkpoint):
+        load(checkpoint)
+        return
+    merge_again = _unmerge_for_loading(module, record)
+    try:
         complete_base(module, checkpoint)
-    original(module, "on_load_checkpoint", previous)(checkpoint)
+        load(checkpoint)
+    except Exception:
+        merge_again()
+        raise
 
 
-def _unmerge_for_loading(module: pl.LightningModule, record: Record) -> None:
-    if _is_plain_copy(record):
+def _unmerge_for_loading(module: pl.LightningModule, record: Record) -> Callable[[], None]:
+    if record.merged is None:
+        return lambda: None
+    if record.merged.weights is None:
         raise MergeError(
             "This checkpoint holds adapters, and the module is a copy of a merged one: they would be added twice. "
             "Build the module anew."
         )
-    unmerge_adapters(module)
+    return unmerge_for_now(module)
 
 
 def _load_checkpoint(strategy: Strategy, previous: Method, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,20 +145,17 @@ def _load_checkpoint(strategy: Strategy, previous: Method, checkpoint_path: Any,
 @contextmanager
 def _unmerged(module: pl.LightningModule) -> Iterator[bool]:
     """Within this context the adapters are live; yields whether they had been merged."""
-    was_merged = _merged(module) is not None
-    if was_merged:
-        unmerge_adapters(module)
+    if not is_merged(module):
+        yield False
+        return
+    merge_again = unmerge_for_now(module)
     try:
-        yield was_merged
+        yield True
     finally:
-        if was_merged:
-            merge_adapters(module, MergeConfig(tolerance=math.inf))  # this merge was accepted before
+        merge_again()
 
 
-def _merged(module: pl.LightningModule) -> Any:
-    record = find_record(module)
-    return None if record is None else record.merged
-
-
-def _is_plain_copy(record: Record) -> bool:
-    return record.merged is not None and record.merged.weights is None
+def _is_plain(module: pl.LightningModule, record: Record) -> bool:
+    """Whether a merged module is no more than its weights: a copy, or trained or loaded since the merge."""
+    merged = record.merged
+    return merged is not None and (merged.weights is None or bool(changed_since_merge(module)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -17,9 +18,14 @@ from torch import nn
 
 log = logging.getLogger(__name__)
 
-# Lightning's keys: LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, ..._TYPE, and the same of LightningDataModule.
-_ENTRIES = ("hyper_parameters", "datamodule_hyper_parameters")
-_TYPES = ("hparams_type", "datamodule_hparams_type")
+# Lightning's keys: CHECKPOINT_HYPER_PARAMS_KEY, ..._NAME and ..._TYPE of LightningModule and of LightningDataModule.
+_ENTRIES = {
+    "hyper_parameters": ("hparams_name", "hparams_type"),
+    "datamodule_hyper_parameters": ("datamodule_hparams_name", "datamodule_hparams_type"),
+}
+# What Lightning makes of the values where the type is text: what a class that takes them as one argument can use both
+# as cfg["width"] and as cfg.width.
+_TYPE = "AttributeDict"
 
 
 def make_hyperparameters_plain(
@@ -32,39 +38,42 @@ def make_hyperparameters_plain(
 
     Args:
         checkpoint: What is about to be saved.
-        keep_objects: Leave out only modules, which hold weights: the file may then need ``weights_only=False``.
+        keep_objects: For a file that the original class loads without this package. Leave out only modules, which hold
+            weights: the file may then need ``weights_only=False``. What was OmegaConf can be read by attribute.
 
     Returns:
-        ``left_out`` and ``omegaconf``: the names of the values concerned, for the manifest.
+        ``left_out`` and ``omegaconf``: the names of the values concerned, for the manifest; ``"*"`` stands for all of
+        them as one container.
     """
     changes: dict[str, list[str]] = {"left_out": [], "omegaconf": []}
-    for entry in _ENTRIES:
+    for entry, (name_entry, type_entry) in _ENTRIES.items():
         found = checkpoint.get(entry)
+        checkpoint.pop(type_entry, None)
+        if checkpoint.get(name_entry) not in (None, "kwargs"):  # "kwargs": each value is an argument
+            checkpoint[type_entry] = _TYPE
         if found is None:
             continue
-        if _is_omegaconf(found):
+        whole = _is_omegaconf(found)
+        if whole:
             changes["omegaconf"].append("*")
-        values = _plain(found)
         plain = {}
-        for name, value in values.items():
-            if _contains(found[name], _is_omegaconf):
+        for name, value in _plain(found).items():
+            # Values of an OmegaConf container are not looked at: one that can't be resolved would raise.
+            of_omegaconf = isinstance(value, (dict, list)) if whole else _contains(found[name], _is_omegaconf)
+            if of_omegaconf:
                 changes["omegaconf"].append(str(name))
             has_weights = _contains(value, lambda item: isinstance(item, nn.Module))
-            if has_weights or not (keep_objects or _opens_safely(value)):
+            if has_weights or not (keep_objects or opens_safely(value)):
                 changes["left_out"].append(str(name))
             else:
-                plain[name] = value
+                plain[name] = _readable_by_attribute(value) if keep_objects and of_omegaconf else value
         checkpoint[entry] = plain
-    for entry in _TYPES:
-        checkpoint.pop(entry, None)
     return changes
 
 
 def _plain(value: Any) -> Any:
     if _is_omegaconf(value):
-        from omegaconf import OmegaConf
-
-        return _plain(OmegaConf.to_container(value, resolve=True))
+        return _plain_omegaconf(value)
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return value.item()
     if isinstance(value, os.PathLike):
@@ -74,6 +83,31 @@ def _plain(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_plain(item) for item in value)
     return value
+
+
+def _plain_omegaconf(node: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    plain: Any = OmegaConf.to_container(node, resolve=False)
+    if not isinstance(plain, (dict, list)):  # a container that is missing, None or one interpolation
+        return plain
+    for key in plain if isinstance(plain, dict) else range(len(plain)):
+        try:
+            plain[key] = _plain(node[key])
+        except Exception:  # a missing value, or an interpolation that means something in another process: as written
+            log.debug("hyper-parameter %r can't be resolved and is saved as written", key)
+    return plain
+
+
+def _readable_by_attribute(value: Any) -> Any:
+    """Dicts, however deep, as the one plain type that keeps attributes in a file that opens with ``weights_only``."""
+    if isinstance(value, dict):
+        readable = OrderedDict({key: _readable_by_attribute(item) for key, item in value.items()})
+        vars(readable).update(
+            {key: item for key, item in readable.items() if isinstance(key, str) and not hasattr(OrderedDict, key)}
+        )
+        return readable
+    return [_readable_by_attribute(item) for item in value] if isinstance(value, list) else value
 
 
 def _contains(value: Any, test: Any) -> bool:
@@ -88,7 +122,7 @@ def _is_omegaconf(value: Any) -> bool:
     return type(value).__module__.startswith("omegaconf.")
 
 
-def _opens_safely(value: Any) -> bool:
+def opens_safely(value: Any) -> bool:
     """Whether a file with this value opens without unpickling anything but plain types: tried, not guessed."""
     buffer = io.BytesIO()
     try:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
@@ -15,6 +14,8 @@ from lightning_lora.errors import MergeError, TargetNotFoundError, UnsupportedSe
 from lightning_lora.fresh import newly_initialized
 from lightning_lora.frozen import keep_base_as_is, release_base
 from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters
+from lightning_lora.originals import named_state, note_values, restore_values
+from lightning_lora.patches import unpatch
 from lightning_lora.record import Record, drop_record, find_nested_record, find_record, store_record
 from lightning_lora.report import InjectionReport, LayerRow
 from lightning_lora.targets import Pattern, Selection, select_targets
@@ -24,13 +25,16 @@ from lightning_lora.targets.patterns import canonical
 def inject_adapters(module: nn.Module, config: AdapterConfig, *, name: str = "default") -> InjectionReport:
     """Freeze ``module`` and give the layers that ``config`` means an adapter each, in place.
 
-    No existing parameter, buffer, module path or hook changes its name or place, and outputs stay bitwise the same
-    until the adapters train. Calling it again with the same config only adapts layers that have come since.
+    No existing parameter, buffer, module path or hook changes its name or place, and outputs are bitwise those of the
+    base until the adapter trains. Calling it again with the same config only adapts layers that have come since.
+    After an error everything is as it was before the call.
 
     Args:
         module: Any module.
         config: What to adapt and how, such as :class:`~lightning_lora.LoRAConfig`.
-        name: Name of the adapter; a second name adds a second adapter, which becomes the active one.
+        name: Name of the adapter. A new name adds an adapter that is the only active one, and the only one that
+            trains, in the whole module: layers that it does not target compute what the base does. A name that is
+            there already changes nothing about which are active.
 
     Returns:
         What was adapted, what was skipped and why, and the counts.
@@ -65,22 +69,22 @@ def extend_adapters(
         strict: False adapts what is there already, accepts patterns that match nothing yet, and returns None where
             there is no layer to adapt.
     """
-    record = find_record(module) or Record()
+    record = (find_record(module) or Record()).copy()
     _check(module, record, config, name)
     saved_modules, saved = _saved_names(module, config, strict=strict)
     selection = select_targets(module, config, saved=frozenset(saved_modules), strict=strict)
     if not selection.targets:
         return None
     record.saved = list(dict.fromkeys([*record.saved, *saved]))
-    _attach(module, selection, config, name)
-    _freeze(module, record, name)
-    kept = keep_base_as_is(module, saved=record.saved)
-    if strict:
-        for key, buffer in base_buffers(module, record):
-            record.buffers.setdefault(canonical(key), checksum(buffer))
-    record.complete = record.complete or strict
-    record.configs[name] = config
-    record.report = _report(module, record, selection, config.kind, name, kept)
+    with _all_or_nothing(module):
+        acts = _attach(module, selection, config, name, is_new=name not in record.configs)
+        _freeze(module, record, name if acts else None)
+        kept = keep_base_as_is(module, saved=record.saved)
+        if strict:
+            note_values(module, record)
+        record.complete = record.complete or strict
+        record.configs[name] = config
+        record.report = _report(module, record, selection, config.kind, name, kept)
     store_record(module, record)
     return record.report
 
@@ -88,8 +92,9 @@ def extend_adapters(
 def remove_adapters(module: nn.Module) -> None:
     """Drop all adapters of ``module`` and make it exactly what it was before the injection.
 
-    Modules that were trained in full get their values from before the training back. Merged weights stay merged:
-    only what would undo the merge is dropped.
+    Modules that were trained in full, and buffers that the training changed, get their values from before the
+    training back; what was built anew or loaded since the injection stays. Merged weights stay merged: only what would
+    undo the merge is dropped.
 
     Args:
         module: The module that :func:`inject_adapters` or the callback was given.
@@ -98,15 +103,14 @@ def remove_adapters(module: nn.Module) -> None:
     if record is None:
         return
     if record.merged is None:
+        restore_values(module, record)
         for _, layer in list(adapted_layers(module)):
             detach_adapters(layer)
-        state = _state(module)
-        with torch.no_grad():
-            for key, original in record.originals.items():
-                state[key].copy_(original)
     thaw(module, record)
     for attribute in record.patched:
-        module.__dict__.pop(attribute, None)
+        patched = module.__dict__.get(attribute)
+        if isinstance(patched, functools.partial) and patched.func.__module__.startswith("lightning_lora."):
+            unpatch(module, attribute, patched.func)
     drop_record(module)
 
 
@@ -144,22 +148,6 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
         for layer, names in zip(layers, active, strict=True):
             if isinstance(layer, AdaptedLayer):  # else its adapters were removed or merged meanwhile
                 layer.active = names
-
-
-def base_buffers(module: nn.Module, record: Record) -> Iterator[tuple[str, Tensor]]:
-    """The persistent buffers of the base: everything in the state dict that is neither parameter nor trained."""
-    parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
-    saved = set(record.saved)
-    for key, value in module.state_dict().items():
-        if key not in parameters and canonical(key) not in saved and isinstance(value, Tensor):
-            yield key, value
-
-
-def checksum(tensor: Tensor) -> int:
-    """CRC-32 of a tensor's bytes; 0 for a tensor without data."""
-    if tensor.is_meta or tensor.numel() == 0:
-        return 0
-    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _check(module: nn.Module, record: Record, config: AdapterConfig, name: str) -> None:
@@ -217,37 +205,65 @@ def _under_all_names(module: nn.Module, owners: set[str], saved: list[str]) -> t
     shared = {id(modules[name]) for name in owners}
     owners = {name for name, child in modules.items() if id(child) in shared}
     state = module.state_dict(keep_vars=True)
-    tensors = {id(state[key]) for key in saved if key in state}
+    tensors = {id(state[key]) for key in saved if isinstance(state.get(key), Tensor)}
     saved = [*saved, *(key for key, value in state.items() if id(value) in tensors)]
-    owners |= {key.rpartition(".")[0] for key in saved}
+    # A layer whose bias alone is trained can carry an adapter.
+    owners |= {owner for owner, _, key in (key.rpartition(".") for key in saved) if key == "weight"}
     return owners, list(dict.fromkeys(map(canonical, saved)))
 
 
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    return {canonical(key): value for key, value in module.state_dict(keep_vars=True).items()}
+@contextmanager
+def _all_or_nothing(module: nn.Module) -> Iterator[None]:
+    """Undo what was done to the layers and parameters in this context if it ends with an error."""
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
+    layers = {layer: (set(layer.adapters), layer.active) for _, layer in adapted_layers(module)}
+    try:
+        yield
+    except BaseException:
+        for _, layer in list(adapted_layers(module)):
+            names, layer.active = layers.get(layer, (set(), ()))
+            for name in set(layer.adapters) - names:
+                del layer.adapters[name]
+            if not names:
+                detach_adapters(layer)
+        if find_record(module) is None:
+            release_base(module)
+        for parameter, requires_grad, grad in flags:
+            parameter.requires_grad_(requires_grad).grad = grad
+        raise
 
 
-def _attach(module: nn.Module, selection: Selection, config: AdapterConfig, name: str) -> None:
+def _attach(module: nn.Module, selection: Selection, config: AdapterConfig, name: str, *, is_new: bool) -> bool:
+    """Add the adapters; returns whether they act: a new name acts alone, a known one as it does on other layers."""
+    before = {layer: layer.active for _, layer in adapted_layers(module)}
+    acts = is_new or not any(before.values()) or any(name in active for active in before.values())
     for target in selection.targets:
         layer = attach_adapter(module.get_submodule(target.name), name)
         if name not in layer.adapters:
             layer_name = canonical(target.name)
             adapter = config.make_adapter(layer, layer_name=layer_name, rank=target.rank, alpha=target.alpha)
-            layer.adapters[name] = adapter.train(layer.training)
+            layer.adapters[name] = adapter.train(layer.training).requires_grad_(acts)
+            layer.active = (name,) if acts else before.get(layer, ())
+    if is_new:
+        for layer in before:
+            layer.active = layer.active if name in layer.adapters else ()
+    return acts
 
 
-def _freeze(module: nn.Module, record: Record, name: str) -> None:
+def _freeze(module: nn.Module, record: Record, name: str | None) -> None:
+    """Leave trainable what is trained in full and, of the adapters, those called ``name`` (None: those that are)."""
     adapters = {
         id(parameter): path.endswith(f".{name}") or path == name
         for path, child in module.named_modules()
         if isinstance(child, Adapter)
         for parameter in child.parameters()
     }
-    state = _state(module)
+    state = named_state(module)
     saved = {id(state[key]) for key in record.saved if key in state}
     for key, parameter in module.named_parameters():
         if id(parameter) in adapters:
-            parameter.requires_grad_(adapters[id(parameter)])
+            if name is not None:
+                parameter.requires_grad_(adapters[id(parameter)])
         elif id(parameter) in saved:
             if not parameter.requires_grad:
                 record.was_frozen.add(canonical(key))
@@ -257,9 +273,6 @@ def _freeze(module: nn.Module, record: Record, name: str) -> None:
                 record.was_trainable.add(canonical(key))
                 parameter.requires_grad_(False)
             parameter.grad = None  # an optimizer moves a frozen parameter that still holds a gradient
-    for key in record.saved:
-        if key in state and not state[key].is_meta:
-            record.originals.setdefault(key, state[key].detach().cpu().clone())
 
 
 def _report(

@@ -6,7 +6,9 @@ write the layer's weight as a matrix ``(out_features, in_features)``; it never s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -41,28 +43,52 @@ class AdaptedLayer(SwappedClass):
 
     def weight_matrix(self) -> Tensor:
         """The weight as ``(out_features, in_features)``: a view in the base's own dtype, never a copy."""
-        return self.weight
+        return self.as_matrix(self.weight)
 
-    def as_weight(self, matrix: Tensor) -> Tensor:
+    @staticmethod
+    def as_matrix(weight: Tensor) -> Tensor:
+        """A weight in the layer's own layout as a matrix ``(out_features, in_features)``."""
+        return weight
+
+    @staticmethod
+    def as_weight(matrix: Tensor) -> Tensor:
         """A matrix ``(out_features, in_features)`` in the layout of the layer's own weight."""
         return matrix
 
-    @torch.no_grad()
     def weight_update(self) -> Tensor:
         """What the active adapters add to the weight, ``(out_features, in_features)``, in at least fp32."""
-        weight = self.weight_matrix()
-        weight = weight.to(torch.promote_types(torch.float32, weight.dtype))
-        update: Tensor | None = None
-        for name in self.active:
-            added = self.adapter(name).weight_update(weight if update is None else weight + update)
-            update = added if update is None else update + added
-        return torch.zeros_like(weight) if update is None else update
+        return _update(self.weight_matrix(), [self.adapter(name) for name in self.active])
 
-    @torch.no_grad()
     def merged_matrix(self) -> Tensor:
         """The weight with the active adapters folded in, ``(out_features, in_features)``, in at least fp32."""
-        update = self.weight_update()
-        return self.weight_matrix().to(update.dtype) + update
+        return fold(self.weight_matrix(), [self.adapter(name) for name in self.active])
+
+    @property
+    def has_own_forward(self) -> bool:
+        """Whether the layer's class computes something of its own, which need not be linear in the weight."""
+        definer = next(cls for cls in original_class(self).__mro__ if "forward" in vars(cls))
+        return definer is not nn.Linear and not _is_conv1d(definer)
+
+    def probe(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs for a small random input: with live adapters, with a merged weight, and of the base alone.
+
+        A copy of the layer computes them, in eval mode and at least fp32 so that no rounding hides a difference; the
+        layer, its hooks and the random stream see nothing of it.
+        """
+        twin = copy.copy(self)
+        for key, value in vars(self).items():
+            if "hook" in key and isinstance(value, dict):
+                vars(twin)[key] = OrderedDict()  # a hook may hold the whole model
+        twin = copy.deepcopy(twin).to(torch.promote_types(torch.float32, self.weight.dtype)).eval()
+        drawn = torch.randn(4, self.matrix_shape[1], generator=torch.Generator().manual_seed(0))
+        merged, active = twin.as_weight(twin.merged_matrix()), twin.active
+        outputs = []
+        for names, weight in ((active, twin.weight.data), ((), merged), ((), twin.weight.data)):
+            twin.active, twin.weight.data = names, weight
+            with torch.no_grad(), torch.random.fork_rng([self.weight.device] if self.weight.is_cuda else []):
+                outputs.append(twin.forward(drawn.to(twin.weight)))
+        adapted, merged, base = outputs
+        return adapted, merged, base
 
     def adapter(self, name: str) -> Adapter:
         """The adapter called ``name``."""
@@ -76,13 +102,32 @@ class AdaptedLinear(AdaptedLayer):
 class AdaptedConv1D(AdaptedLayer):
     """transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is ``(in_features, out_features)``."""
 
+    @staticmethod
     @override
-    def weight_matrix(self) -> Tensor:
-        return self.weight.t()
+    def as_matrix(weight: Tensor) -> Tensor:
+        return weight.t()
 
+    @staticmethod
     @override
-    def as_weight(self, matrix: Tensor) -> Tensor:
+    def as_weight(matrix: Tensor) -> Tensor:
         return matrix.t().contiguous()
+
+
+@torch.no_grad()
+def fold(matrix: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """A weight ``(out_features, in_features)`` with adapters folded in, in order, in at least fp32."""
+    update = _update(matrix, adapters)
+    return matrix.to(update.dtype) + update
+
+
+@torch.no_grad()
+def _update(matrix: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    matrix = matrix.to(torch.promote_types(torch.float32, matrix.dtype))
+    update: Tensor | None = None
+    for adapter in adapters:
+        added = adapter.weight_update(matrix if update is None else matrix + update)
+        update = added if update is None else update + added
+    return torch.zeros_like(matrix) if update is None else update
 
 
 def host_of(module: nn.Module) -> type[AdaptedLayer] | None:
@@ -93,13 +138,18 @@ def host_of(module: nn.Module) -> type[AdaptedLayer] | None:
     cls = original_class(module)
     if issubclass(cls, nn.Linear):
         return AdaptedLinear
-    if any(base.__module__ == "transformers.pytorch_utils" and base.__name__ == "Conv1D" for base in cls.__mro__):
-        return AdaptedConv1D
-    return None
+    return AdaptedConv1D if any(map(_is_conv1d, cls.__mro__)) else None
+
+
+def _is_conv1d(cls: type) -> bool:
+    return cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D"
 
 
 def attach_adapter(layer: nn.Module, name: str) -> AdaptedLayer:
-    """Make a layer ready to hold the adapter ``name``: swap its class if needed. The caller stores the adapter."""
+    """Make a layer ready to hold the adapter ``name``: swap its class if needed. The caller stores the adapter.
+
+    A new adapter becomes the active one; for one that is there already, what is active stays the user's choice.
+    """
     if not isinstance(layer, AdaptedLayer):
         host = host_of(layer)
         assert host is not None, type(layer)
@@ -107,7 +157,8 @@ def attach_adapter(layer: nn.Module, name: str) -> AdaptedLayer:
         layer = cast(AdaptedLayer, layer)
         layer.adapters = nn.ModuleDict()
         layer.active = ()
-    layer.active = (name,)
+    if name not in layer.adapters:
+        layer.active = (name,)
     return layer
 
 

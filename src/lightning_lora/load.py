@@ -43,7 +43,7 @@ def load_from_checkpoint(
     checkpoint = read_checkpoint(path)
     manifest = read_manifest(checkpoint)
     _check_arguments(module_class, checkpoint, manifest, init_kwargs)
-    arguments = {**_rewrapped(checkpoint, manifest), **init_kwargs}
+    arguments = {**_rewrapped(module_class, checkpoint, manifest), **init_kwargs}
     if "weights_only" in inspect.signature(module_class.load_from_checkpoint).parameters:  # from lightning 2.6 on
         arguments["weights_only"] = True
     with _injecting(module_class, manifest):
@@ -101,6 +101,9 @@ def _check_arguments(
 ) -> None:
     parameters = inspect.signature(module_class.__init__).parameters
     left_out = manifest.get("hyper_parameters", {}).get("left_out", [])
+    whole = checkpoint.get("hparams_name")
+    if left_out and whole in parameters:
+        left_out = [whole]  # the class takes them as one argument, which is incomplete
     missing = [
         name
         for name in left_out
@@ -113,13 +116,18 @@ def _check_arguments(
         )
 
 
-def _rewrapped(checkpoint: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+def _rewrapped(
+    module_class: type[pl.LightningModule], checkpoint: dict[str, Any], manifest: dict[str, Any]
+) -> dict[str, Any]:
     """Hyper-parameters that were OmegaConf nodes, as nodes again: the class may read them by attribute."""
     names = manifest.get("hyper_parameters", {}).get("omegaconf", [])
     values = checkpoint.get("hyper_parameters", {})
-    wanted = [name for name in names if name in values]
+    wanted = {name: values[name] for name in names if name in values}
+    whole = checkpoint.get("hparams_name")
+    if "*" in names and whole in inspect.signature(module_class.__init__).parameters:
+        wanted = {whole: values}
     if not wanted:
         return {}
     from omegaconf import OmegaConf
 
-    return {name: OmegaConf.create(values[name]) for name in wanted}
+    return {name: OmegaConf.create(value) for name, value in wanted.items()}

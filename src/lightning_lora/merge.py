@@ -7,12 +7,11 @@ kept.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,11 @@ from lightning_lora.errors import MergeError
 from lightning_lora.frozen import keep_base_as_is
 from lightning_lora.injection import thaw
 from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters
+from lightning_lora.merge_changes import base_sums, changed_since_merge, weight_of
+from lightning_lora.merge_report import MergeReport, Norms
 from lightning_lora.record import MergedState, Record, find_record
+from lightning_lora.sample import agree, rounding
 from lightning_lora.targets.patterns import canonical
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 SOURCES = ("last", "best")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,7 +41,10 @@ class MergeConfig:
             written into: ``merged-v1``, ``merged-v2``, ... is used instead.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` of the written weights; None: the base's own.
         in_place: Whether the live module becomes plain, with merged weights, after the artifact is written.
-        tolerance: Refuse a merge whose rounding error, over all layers, exceeds this share of the update.
+        tolerance: Refuse a merge whose rounding error, over all layers, exceeds this share of the update, or that
+            changes outputs by more than this share of what the adapters change in them (and by more than rounding
+            explains): those of the live module in its own dtype, on a batch of the run, and those of every layer whose
+            class has a forward of its own.
 
     Raises:
         ValueError: For a value that has no meaning.
@@ -69,120 +71,8 @@ class MergeConfig:
             raise ValueError(f"tolerance must be a positive number, got {self.tolerance!r}.")
 
 
-@dataclass(frozen=True)
-class MergedLayer:
-    """What merging did to one layer.
-
-    Attributes:
-        name: Dotted name.
-        update: Frobenius norm of the update ``scaling * B A``.
-        weight: Frobenius norm of the base weight.
-        error: ``|merged - base - update| / |update|``: what rounding to the weight's dtype costs.
-    """
-
-    name: str
-    update: float
-    weight: float
-    error: float
-
-
-@dataclass(frozen=True)
-class OutputDifference:
-    """Outputs of the merged module against those with live adapters, on one batch.
-
-    Attributes:
-        max_abs: Largest absolute difference of any element.
-        relative: Norm of the difference over the norm of what the adapters change in the output.
-    """
-
-    max_abs: float
-    relative: float
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """Proof of a merge.
-
-    Attributes:
-        layers: One entry per merged layer.
-        relative_error: Error over all layers, in units of the update.
-        source: ``"last"`` or ``"best"``.
-        dtype: Dtype of the merged weights.
-        output_difference: None where no batch had been seen.
-        folder: Where the artifact is, if one was written.
-    """
-
-    layers: tuple[MergedLayer, ...]
-    relative_error: float
-    source: str = "last"
-    dtype: str = "float32"
-    output_difference: OutputDifference | None = None
-    folder: str | None = None
-
-    @property
-    def max_relative_error(self) -> float:
-        """The largest error of a layer, in units of its update."""
-        return max((layer.error for layer in self.layers), default=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers."""
-        return {
-            **dataclasses.asdict(self),
-            "layers": [dataclasses.asdict(layer) for layer in self.layers],
-            "max_relative_error": self.max_relative_error,
-        }
-
-    def __rich__(self) -> Group:
-        from rich.console import Group
-        from rich.table import Table
-
-        table = Table(title=f"merged {self.source} adapters ({self.dtype})", title_justify="left")
-        table.add_column("layer", overflow="fold")
-        for header in ("|update|", "|update|/|weight|", "error/|update|"):
-            table.add_column(header, justify="right", no_wrap=True)
-        worst = sorted(self.layers, key=lambda layer: -layer.error)[:8]
-        for layer in worst:
-            share = layer.update / layer.weight if layer.weight else math.inf
-            table.add_row(layer.name, f"{layer.update:.3g}", f"{share:.2%}", f"{layer.error:.1e}")
-        lines = [
-            f"{len(self.layers)} layers, worst first; error over all layers {self.relative_error:.1e} of the update"
-        ]
-        if self.output_difference is not None:
-            difference = self.output_difference
-            lines.append(
-                f"outputs on a batch: largest difference {difference.max_abs:.1e}, "
-                f"{difference.relative:.1e} of what the adapters change"
-            )
-        if self.folder is not None:
-            lines.append(f"written to {self.folder}")
-        return Group(table, *lines)
-
-
-@dataclass
-class _Norms:
-    """Sums of squares over layers, in units that add up."""
-
-    error: float = 0.0
-    update: float = 0.0
-    layers: list[MergedLayer] = field(default_factory=list)
-
-    def add(self, name: str, layer: AdaptedLayer, update: Tensor, stored: Tensor) -> None:
-        base = layer.weight_matrix().detach().to(update.dtype)
-        # The difference of two close floating-point numbers is exact (Sterbenz), so fp32 shows the rounding of fp32.
-        error = torch.linalg.vector_norm((stored.to(update.dtype) - base).sub_(update)).item()
-        size = torch.linalg.vector_norm(update).item()
-        self.error += error**2
-        self.update += size**2
-        weight = torch.linalg.vector_norm(base).item()
-        self.layers.append(MergedLayer(name, size, weight, error / size if size else 0.0))
-
-    @property
-    def relative_error(self) -> float:
-        return math.sqrt(self.error / self.update) if self.update else 0.0
-
-
 def merged_matrices(
-    module: nn.Module, norms: _Norms | None = None, *, dtype: torch.dtype | None = None
+    module: nn.Module, norms: Norms | None = None, *, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, AdaptedLayer, Tensor]]:
     """Layer by layer: name, layer, merged weight ``(out_features, in_features)`` in ``dtype`` or the base's own.
 
@@ -206,13 +96,16 @@ def measure_merge(module: nn.Module, config: MergeConfig) -> MergeReport:
     """The report of a merge into ``config.dtype``, without changing anything.
 
     Raises:
-        MergeError: If the error exceeds ``config.tolerance``, a weight is not finite, or nothing is adapted.
+        MergeError: If the error exceeds ``config.tolerance``, a weight is not finite, nothing is adapted, or a layer
+            does not compute with the merged weight what it computes with live adapters.
     """
     _live_record(module)
     dtype = DTYPES[config.dtype] if config.dtype else None
-    norms, dtypes = _Norms(), set()
-    for _, _, stored in merged_matrices(module, norms, dtype=dtype):
+    norms, dtypes = Norms(), set()
+    for name, layer, stored in merged_matrices(module, norms, dtype=dtype):
         dtypes.add(str(stored.dtype).removeprefix("torch."))
+        if layer.has_own_forward:
+            _probe(name, layer, config.tolerance)
     if not norms.layers:
         raise MergeError("The module has no adapted layer to merge.")
     if norms.relative_error > config.tolerance:
@@ -227,6 +120,28 @@ def measure_merge(module: nn.Module, config: MergeConfig) -> MergeReport:
         source=config.source,
         dtype=", ".join(sorted(dtypes)),
     )
+
+
+def _probe(name: str, layer: AdaptedLayer, tolerance: float) -> None:
+    """Compare a layer that may do something to its weight or output with what a merge would make of it."""
+    cls = type(layer).__bases__[1].__name__
+    try:
+        adapted, merged, base = layer.probe()
+        if not torch.isfinite(adapted).all() or not torch.isfinite(base).all():
+            raise ValueError("its output for a random input is not finite")
+    except Exception as error:  # any class's forward, called as nn.Linear is
+        warnings.warn(
+            f"The merge of {name!r} is not verified: {cls}.forward gives nothing to compare for one tensor of shape "
+            f"(batch, features) ({type(error).__name__}: {error}). Compare the merged module's outputs yourself.",
+            stacklevel=2,
+        )
+        return
+    if not agree([merged], [adapted], [base], tolerance=tolerance, eps=rounding([adapted.dtype])):
+        raise MergeError(
+            f"{name!r} can't be merged: {cls}.forward does not compute with a merged weight what it computes with live "
+            "adapters (it scales or normalises its weight or output). Leave the layer out (exclude_modules), or keep "
+            "the adapters live: their checkpoints are complete. Nothing was changed."
+        )
 
 
 def merge_adapters(module: nn.Module, config: MergeConfig | None = None) -> MergeReport:
@@ -255,6 +170,7 @@ def merge_adapters(module: nn.Module, config: MergeConfig | None = None) -> Merg
         layer.weight.data = layer.as_weight(stored)
         merged.adapters[name] = detach_adapters(layer)
     thaw(module, record)
+    merged.sums = base_sums(module, record)
     record.merged = merged
     return report
 
@@ -263,17 +179,56 @@ def unmerge_adapters(module: nn.Module) -> None:
     """Undo :func:`merge_adapters` exactly: the base weights bit by bit, and live adapters.
 
     Raises:
-        MergeError: If the module is not merged, or is a copy of a merged module, which has no way back.
+        MergeError: If the module is not merged, or is a copy of a merged module, which has no way back, or if a merged
+            weight was trained, loaded or edited since: unmerging would throw that away.
     """
     record = find_record(module)
     if record is None or record.merged is None:
         raise MergeError("The module is not merged.")
-    merged = record.merged
-    if merged.weights is None:
+    if record.merged.weights is None:
         raise MergeError(
             "This module is a copy of a merged one and has no base weights to go back to. "
             "Build the module anew, or call remove_adapters(module) to take its merged weights as a new base."
         )
+    changed = changed_since_merge(module)
+    layers = [name for name in record.merged.weights if weight_of(name) in changed]
+    if layers:
+        raise MergeError(
+            f"The weight of {layers[0]!r} is not the merged one any more: it was trained, loaded or edited after the "
+            "merge, and unmerging would throw that away. Call remove_adapters(module) to take the module's weights as "
+            "the new base, or build the module anew."
+        )
+    _unfold(module, record, record.merged)
+
+
+def unmerge_for_now(module: nn.Module) -> Callable[[], None]:
+    """:func:`unmerge_adapters`, and a function that merges again: every bit, flag and gradient is as before then."""
+    record = find_record(module)
+    merged = None if record is None else record.merged
+    weights = {} if merged is None or merged.weights is None else merged.weights
+    layers = {canonical(name): child for name, child in module.named_modules()}
+    stored = {name: layers[canonical(name)].weight.data for name in weights if canonical(name) in layers}
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
+    unmerge_adapters(module)
+
+    def merge_again() -> None:
+        assert record is not None
+        for name, weight in stored.items():
+            layer = layers[canonical(name)]
+            assert isinstance(layer, AdaptedLayer)
+            layer.weight.data = weight
+            detach_adapters(layer)
+        thaw(module, record)
+        for parameter, requires_grad, grad in flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        record.merged = merged
+
+    return merge_again
+
+
+def _unfold(module: nn.Module, record: Record, merged: MergedState) -> None:
+    assert merged.weights is not None
     layers = {canonical(name): child for name, child in module.named_modules()}
     for name, weight in merged.weights.items():
         layer = attach_adapter(layers[canonical(name)], next(iter(merged.adapters[name])))

@@ -5,9 +5,11 @@ It is a plain object in the module's ``__dict__``, copied and pickled with it; t
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import AdapterConfig
@@ -25,11 +27,14 @@ class MergedState:
         active: Layer name -> the names of the adapters that acted.
         weights: Layer name -> the tensor that was the base weight. Left behind when a merged module is pickled or
             copied: the copy is a plain module that can't be unmerged.
+        sums: Name -> dtype and checksum of each parameter of the base as the merge left it, merged or not: what is
+            trained after the merge is in no adapter-only file, and unmerging would throw it away.
     """
 
     adapters: dict[str, nn.ModuleDict] = field(default_factory=dict)
     active: dict[str, tuple[str, ...]] = field(default_factory=dict)
     weights: dict[str, Tensor] | None = field(default_factory=dict)
+    sums: dict[str, tuple[torch.dtype, int]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "weights": None}
@@ -47,7 +52,9 @@ class Record:
         was_frozen: Names of the parameters that the injection made trainable (modules to save).
         saved: Names of parameters and buffers that are trained on purpose and saved beside the adapters.
         originals: Their values before training, for an exact removal.
-        buffers: Checksums of the persistent buffers of the base at the injection; a buffer that changed is saved.
+        buffers: Values of the persistent buffers of the base at the injection: one that changed is saved, and comes
+            back where a file does not hold it and at a removal.
+        base: Fingerprint of the base's parameters then: where another base was loaded since, its buffers were, too.
         complete: Whether the whole module has been there for an injection, and everything in its config was found.
         report: What the last injection reported.
         patched: Names of instance attributes put over methods of the module, taken away at removal.
@@ -59,11 +66,20 @@ class Record:
     was_frozen: set[str] = field(default_factory=set)
     saved: list[str] = field(default_factory=list)
     originals: dict[str, Tensor] = field(default_factory=dict)
-    buffers: dict[str, int] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    base: dict[str, Any] | None = None
     complete: bool = False
     report: InjectionReport | None = None
     patched: list[str] = field(default_factory=list)
     merged: MergedState | None = None
+
+    def copy(self) -> Record:
+        """The same in containers of its own, around the same tensors."""
+        twin = copy.copy(self)
+        vars(twin).update(
+            {key: copy.copy(value) for key, value in vars(self).items() if isinstance(value, (dict, set, list))}
+        )
+        return twin
 
 
 def find_record(module: nn.Module) -> Record | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ class SampleCall:
 
     Which module a LightningModule calls is its own affair: hooks wait on the root and on every module around one
     adapted layer, and the outermost one that is called is kept. The hooks are gone after that call.
+
+    A module that is compiled in place (``module.compile()``) runs its hooks inside the compiled code, where nothing
+    can be kept: its call is not seen.
     """
 
     def __init__(self) -> None:
@@ -43,8 +46,12 @@ class SampleCall:
 
     def _keeper(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # A distributed strategy calls the root with the arguments of training_step, by a forward put over its own.
-            redirected = name == "" and "forward" in module.__dict__
+            if torch.compiler.is_compiling():
+                return
+            # A distributed strategy calls the root with the arguments of training_step, by a function put over its
+            # forward; for the call within the step it puts the module's own bound method in that place.
+            forward = module.__dict__.get("forward")
+            redirected = forward is not None and getattr(forward, "__self__", None) is not module
             if self._handles and not redirected:
                 self.stop()
                 self.name = name
@@ -92,6 +99,38 @@ def difference(outputs: list[Tensor], others: list[Tensor]) -> tuple[float, floa
     largest = max((a - b).abs().max().item() if a.numel() else 0.0 for a, b in zip(outputs, others, strict=True))
     norm = math.sqrt(sum((a - b).double().square().sum().item() for a, b in zip(outputs, others, strict=True)))
     return largest, norm
+
+
+def comparable(outputs: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether both have the same tensors, by shape."""
+    return [output.shape for output in outputs] == [other.shape for other in others]
+
+
+def agree(outputs: list[Tensor], wanted: list[Tensor], base: list[Tensor], *, tolerance: float, eps: float) -> bool:
+    """Whether outputs are what they should be, to a share of the effect or to the rounding of floating point.
+
+    Args:
+        outputs: The outputs to judge.
+        wanted: What they should be.
+        base: What they were without the effect.
+        tolerance: Share of the norm of the effect ``wanted - base`` that the error may have.
+        eps: Of the coarsest rounding in the computation. Two orders of one computation differ by a few of it, so a
+            tiny effect in a coarse dtype is no reason for a refusal.
+    """
+    _, error = difference(outputs, wanted)
+    _, effect = difference(wanted, base)
+    _, size = difference(wanted, [torch.zeros_like(output) for output in wanted])
+    return error <= 8 * eps * size or error / tolerance <= effect
+
+
+def rounding(dtypes: Iterable[torch.dtype]) -> float:
+    """The eps of the coarsest of some floating-point dtypes, as matrix products compute in them."""
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set through the newer API of torch: which backend it is for, this one does not know
+        exact = False
+    coarse = torch.float32 if exact else torch.bfloat16
+    return max(torch.finfo(coarse if dtype == torch.float32 else dtype).eps for dtype in dtypes)
 
 
 def _on_cpu(values: Any) -> Any:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_lora.app.tiny import TinyClassifier
 
 
@@ -33,6 +35,24 @@ class RecordingReport:
         )
         self.path.write_text(json.dumps(self.calls))
         return {}
+
+
+class FailingReport(RecordingReport):
+    """A report that can't be written."""
+
+    def write(self, *, trainer: Any, lora: Any, seconds: float) -> dict[str, Any]:
+        raise RuntimeError("no paper")
+
+
+class ForgetsAtTheEnd(TinyClassifier):
+    """A module whose last epoch wipes the adapters, so that the best is not the last."""
+
+    def on_validation_epoch_start(self) -> None:
+        if not self.trainer.sanity_checking and self.current_epoch == self.trainer.max_epochs - 1:
+            with torch.no_grad():
+                for name, parameter in self.named_parameters():
+                    if name.endswith(".lora_B"):
+                        parameter.zero_()
 
 
 class KeepsNested(TinyClassifier):

@@ -95,7 +95,7 @@ def test_checkpoints_hold_adapters_only_and_no_omegaconf_container(compose: Comp
     config.data.width, config.data.classes = 16, 4
     train(config)
     paths = list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
-    assert len(paths) == 2
+    assert len(paths) == 4 + 1
     for path in paths:
         checkpoint = torch.load(path, weights_only=True)
         assert checkpoint["state_dict"]
@@ -119,18 +119,48 @@ def test_a_run_goes_on_from_its_checkpoint(compose: Compose, tmp_path: Path) -> 
     assert not epochs & {"0", "1"}, "the first epochs were trained again"
 
 
-@pytest.mark.parametrize("weights", ["live", "last", "best"])
-def test_tested_weights_agree_when_the_last_epoch_is_the_best(compose: Compose, weights: str) -> None:
-    live = train(compose("callbacks=default", "callbacks.model_checkpoint.monitor=val/loss"))
-    chosen = train(
-        compose(
-            "callbacks=default",
-            "callbacks.model_checkpoint.monitor=val/loss",
-            f"test_weights={weights}",
-            folder="chosen",
+def test_the_weights_that_are_asked_for_are_tested(compose: Compose, tmp_path: Path) -> None:
+    scores = {
+        weights: train(
+            compose(
+                "callbacks=default",
+                "callbacks.model_checkpoint.monitor=val/loss",
+                "model._target_=tests.app.recording.ForgetsAtTheEnd",
+                "optimized_metric=test/loss",
+                f"test_weights={weights}",
+                folder=weights,
+            )
         )
-    )
-    assert chosen == pytest.approx(live)
+        for weights in ("live", "last", "best")
+    }
+    assert scores["last"] == scores["live"]
+    assert scores["last"] > 1.1 * scores["best"]
+
+
+def test_a_metric_of_a_test_that_is_switched_off_is_refused_before_the_fit(compose: Compose, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="optimized_metric=null"):
+        train(compose("test_after_fit=false"))
+    assert not (tmp_path / "run").exists()
+    assert train(compose("test_after_fit=false", "optimized_metric=null")) is None
+    assert "test/loss" not in read_metrics(tmp_path / "run")
+
+
+def test_a_report_without_its_second_test_is_refused_before_the_fit(compose: Compose) -> None:
+    report = "report={_target_: tests.app.recording.RecordingReport, output_dir: ${output_dir}}"
+    with pytest.raises(ValueError, match="report=null"):
+        train(compose(report, "test_after_fit=false", "optimized_metric=val/loss"))
+
+
+def test_the_metrics_of_a_finished_run_survive_a_report_that_fails(compose: Compose, tmp_path: Path) -> None:
+    report = "report={_target_: tests.app.recording.FailingReport, output_dir: ${output_dir}}"
+    with pytest.raises(RuntimeError, match="no paper"):
+        train(compose(report))
+    assert read_metrics(tmp_path / "run")["test/accuracy"] > 0
+
+
+def test_settings_of_a_callback_that_is_not_chosen_are_refused(compose: Compose) -> None:
+    with pytest.raises(ValueError, match=r"'model_checkpoint' has settings .* no _target_"):
+        train(compose("callbacks=lora"))
 
 
 def test_the_merged_file_opens_in_the_original_class(compose: Compose, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from lightning_lora import (
     AdapterMismatchError,
     BaseMismatchError,
+    CheckpointError,
     LoRAConfig,
     UnsupportedSetupError,
     inject_adapters,
     load_from_checkpoint,
+    remove_adapters,
 )
 from tests.conftest import WIDTH, TinyModule, make_loader
 from tests.hazards.runs import adapters, base, equal, fit, lora, metric, trained
@@ -258,3 +261,164 @@ def test_the_right_base_loads_after_a_wrong_one_was_refused(make_trainer: Any, c
     trainer.test(module, make_loader(), ckpt_path=checkpoint, verbose=False)
     assert trained(module)
     assert adapters(module)
+
+
+class Lengthened(TinyModule):
+    """Adds rows at the end of a table, at random and unsaved, as resize_token_embeddings does."""
+
+    def build(self) -> None:
+        super().build()
+        self.table = nn.Embedding(104, 16)
+        with torch.no_grad():
+            self.table.weight[:100] = 1.0
+
+
+def test_rows_added_to_an_embedding_that_differ_at_each_build_are_refused(make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(callbacks=[lora()])
+    fit(trainer, Lengthened())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(BaseMismatchError, match=r"1 of 7 parameters differ: table\.weight"):
+        load_from_checkpoint(Lengthened, tmp_path / "x.ckpt")
+
+
+class Cell(nn.Module):
+    """Counts its calls in training, in what it gives a state dict beside its tensors."""
+
+    count: Any = 0
+
+    def get_extra_state(self) -> Any:
+        return {"count": self.count}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = state["count"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += self.training
+        return x
+
+
+class Counting(TinyModule):
+    """A buffer that moves in the second epoch, and a cell."""
+
+    def build(self) -> None:
+        super().build()
+        self.backbone.append(Cell())
+        self.register_buffer("threshold", torch.zeros(1))
+
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch == 1:
+            self.threshold.fill_(0.7)
+
+
+class SaveAtFirstEpoch(pl.Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("callbacks", [list, lambda: [lora()]], ids=["Lightning", "LoRA"])
+def test_a_buffer_that_moved_after_the_save_goes_back_when_the_file_is_loaded(
+    make_trainer: Any, tmp_path: Path, callbacks: Any
+) -> None:
+    module, path = Counting(), tmp_path / "first.ckpt"
+    trainer = make_trainer(max_epochs=2, callbacks=[*callbacks(), SaveAtFirstEpoch(path)])
+    fit(trainer, module)
+    assert module.threshold.item() > 0.5
+    trainer.test(module, make_loader(), ckpt_path=path, verbose=False)
+    assert module.threshold.item() == 0.0
+
+
+def test_a_removal_brings_buffers_back_that_the_training_moved(make_trainer: Any) -> None:
+    module = Counting()
+    fit(make_trainer(max_epochs=2, callbacks=[lora()]), module)
+    remove_adapters(module)
+    assert module.threshold.item() == 0.0
+
+
+@pytest.mark.parametrize("callbacks", [list, lambda: [lora()]], ids=["Lightning", "LoRA"])
+def test_what_a_module_keeps_as_extra_state_goes_on_after_a_resume(
+    make_trainer: Any, tmp_path: Path, callbacks: Any
+) -> None:
+    trainer = make_trainer(callbacks=callbacks())
+    fit(trainer, Counting())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    module = Counting()
+    fit(make_trainer(max_epochs=2, callbacks=callbacks()), module, ckpt_path=tmp_path / "x.ckpt")
+    assert module.backbone[-1].count == 4
+
+
+def test_a_file_that_lacks_an_extra_state_is_refused(make_trainer: Any, checkpoint: str) -> None:
+    class WithCell(TinyModule):
+        def build(self) -> None:
+            super().build()
+            self.backbone.append(Cell())
+
+    with pytest.raises(AdapterMismatchError, match=r"missing from the file: backbone\.4\._extra_state"):
+        load_from_checkpoint(WithCell, checkpoint)
+
+
+def test_an_extra_state_that_no_file_can_hold_safely_is_refused_at_the_save(make_trainer: Any, tmp_path: Path) -> None:
+    module = Counting()
+    trainer = make_trainer(callbacks=[lora()])
+    fit(trainer, module)
+    module.backbone[-1].count = object()
+    with pytest.raises(CheckpointError, match=r"'backbone\.4\._extra_state' is of type dict.*get_extra_state"):
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_a_head_trained_in_full_may_have_an_extra_state(make_trainer: Any) -> None:
+    class WithHead(TinyModule):
+        def build(self) -> None:
+            super().build()
+            self.head = nn.Sequential(self.head, Cell())
+
+    module = WithHead()
+    fit(make_trainer(callbacks=[lora(modules_to_save=["head"])]), module)
+    remove_adapters(module)
+    assert equal(tensors(module), tensors(WithHead()))
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+class NewHead(TinyModule):
+    """Gets its head, of the size of the data, in setup()."""
+
+    outputs = 1
+
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "fresh"):
+            self.head = nn.Linear(WIDTH, self.outputs)
+            self.fresh = self.head.weight.detach().clone()
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_head_built_in_setup_gets_back_the_values_that_it_was_built_with(make_trainer: Any, outputs: int) -> None:
+    module = NewHead()
+    module.outputs = outputs
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using a target size")
+        fit(make_trainer(callbacks=[lora(target_modules="backbone.*", modules_to_save=["head"])]), module)
+    assert not torch.equal(module.head.weight, module.fresh)
+    remove_adapters(module)
+    assert torch.equal(module.head.weight, module.fresh)
+    assert type(module.backbone[0]) is nn.Linear
+
+
+def test_a_removal_keeps_the_hook_that_a_user_put_on_the_module(make_trainer: Any, tmp_path: Path) -> None:
+    def hook(checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = 1
+
+    module = TinyModule()
+    module.on_save_checkpoint = hook  # type: ignore[method-assign]
+    trainer = make_trainer(callbacks=[lora()])
+    fit(trainer, module)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert torch.load(tmp_path / "x.ckpt", weights_only=True)["mine"] == 1
+    remove_adapters(module)
+    assert module.__dict__["on_save_checkpoint"] is hook
+    assert "on_load_checkpoint" not in module.__dict__

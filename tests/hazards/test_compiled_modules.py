@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import (
     LoRAConfig,
@@ -227,3 +227,23 @@ def test_a_module_compiled_in_place_sees_its_adapters_and_keeps_its_keys(part: s
     torch.testing.assert_close(net(x), adapted)
     remove_adapters(net)
     torch.testing.assert_close(net(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_module_compiled_in_place_without_graph_breaks_trains_with_a_merge_at_the_end(
+    make_trainer: Any, tmp_path: Path, merge: bool
+) -> None:
+    class Whole(Never):
+        """Its steps call the compiled part, and never the root."""
+
+        def configure_model(self) -> None:
+            self.backbone.compile(backend="eager", fullgraph=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.mse_loss(self.head(self.backbone(batch[0])), batch[1])
+
+    module = Whole()
+    _, trainer = fitted(make_trainer, tmp_path, module, merge=merge)
+    assert type(module.backbone[0]) is nn.Linear or not merge
+    trainer.test(module, make_loader(), ckpt_path="best", verbose=False)

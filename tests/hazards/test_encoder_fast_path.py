@@ -164,3 +164,19 @@ def test_a_compiled_encoder_sees_its_adapters_in_eval(masked: bool) -> None:
         compiled = torch.compile(net.eval(), backend="eager")
         torch.testing.assert_close(compiled(x, src_key_padding_mask=mask)[visible], expected)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "src_key_padding_mask"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_an_adapted_encoder_compiles_without_graph_breaks_and_sees_its_adapters(masked: bool, training: bool) -> None:
+    torch._dynamo.reset()
+    net = encoder()
+    inject_adapters(net, LoRAConfig(rank=2))
+    randomize(net)
+    x = torch.randn(4, LENGTH, WIDTH)
+    mask = torch.arange(LENGTH) >= torch.tensor([[6], [4], [2], [1]]) if masked else None
+    visible = ~mask if masked else torch.ones(4, LENGTH, dtype=torch.bool)
+    with torch.no_grad():
+        expected = net.train()(x, src_key_padding_mask=mask)[visible]
+        compiled = torch.compile(net.train(training), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, src_key_padding_mask=mask)[visible], expected)

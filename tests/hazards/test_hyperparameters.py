@@ -156,6 +156,46 @@ def test_a_module_whose_hyperparameters_are_one_omegaconf_node(make_trainer: Any
     tester = make_trainer(callbacks=[lora()])
     assert metric(tester.test(Configured(cfg), make_loader(), ckpt_path=path, verbose=False)) == score
     assert dict(read(path)["hyper_parameters"]) == dict(cfg)
+    assert equal(
+        adapters(load_from_checkpoint(Configured, path)), adapters(load_from_checkpoint(Configured, path, cfg=cfg))
+    )
+
+
+class HydraStyle(TinyModule):
+    """What a Hydra user writes: one config for all, read by attribute."""
+
+    def __init__(self, cfg: Any) -> None:
+        self.__dict__["width"] = cfg.net.width
+        super().__init__()
+        self.hparams.clear()
+        self.save_hyperparameters(cfg)
+
+    def build(self) -> None:
+        self.hparams.update(width=self.width, dropout=0.0, optimizer="all", seed=0)
+        super().build()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_module_that_takes_one_config_is_loaded_again_by_us_and_merged_by_its_own_class(
+    make_trainer: Any, tmp_path: Path
+) -> None:
+    module, callback = HydraStyle(node(net={"width": WIDTH}, lr="${net.width}")), lora(merge=True)
+    trainer = make_trainer(callbacks=[callback])
+    fit(trainer, module)
+    trainer.save_checkpoint(tmp_path / "adapters.ckpt")
+    loaded = load_from_checkpoint(HydraStyle, tmp_path / "adapters.ckpt")
+    assert isinstance(loaded.hparams, omegaconf.DictConfig)
+    assert loaded.hparams.net.width == loaded.hparams.lr == WIDTH
+    merged = HydraStyle.load_from_checkpoint(Path(callback.merge_report.folder) / "merged.ckpt", weights_only=True)
+    assert equal(merged.state_dict(), module.state_dict())
+
+
+def test_a_config_that_names_what_only_hydra_knows_does_not_stop_the_saves(make_trainer: Any, tmp_path: Path) -> None:
+    path, _ = saved(make_trainer, tmp_path, WithSettings(node(a=1, b="${hydra:runtime.cwd}")))
+    assert read(path)["hyper_parameters"]["settings"] == {"a": 1, "b": "${hydra:runtime.cwd}"}
+    assert load_from_checkpoint(WithSettings, path).given.a == 1
 
 
 def test_a_datamodules_hyperparameters_do_not_close_the_file(make_trainer: Any, tmp_path: Path) -> None:

@@ -9,10 +9,17 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_lora import BaseMismatchError, MergeConfig, inject_adapters
+from lightning_lora import (
+    AdapterMismatchError,
+    BaseMismatchError,
+    MergeConfig,
+    MergeError,
+    inject_adapters,
+    remove_adapters,
+)
 from lightning_lora.merge import is_merged
 from tests.conftest import TinyModule, make_loader
-from tests.hazards.runs import fit, is_adapter_only, lora, metric
+from tests.hazards.runs import base, equal, fit, is_adapter_only, lora, metric
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
 
@@ -67,3 +74,45 @@ def test_a_merged_base_in_a_new_process_refuses_the_adapters_it_contains(make_tr
     inject_adapters(again, lora().config)
     with pytest.raises(BaseMismatchError, match="trained on another base"):
         make_trainer(callbacks=[lora()]).test(again, make_loader(), ckpt_path=saver.best_model_path)
+
+
+def test_a_refused_file_leaves_a_merged_module_merged(make_trainer: Any, tmp_path: Path) -> None:
+    module, _, _ = run(make_trainer, tmp_path, True)
+    other = make_trainer(callbacks=[lora(rank=3)])
+    fit(other, TinyModule())
+    other.save_checkpoint(tmp_path / "other.ckpt")
+    merged = base(module)
+    flags = [(name, p.requires_grad) for name, p in module.named_parameters()]
+    with pytest.raises(AdapterMismatchError):
+        make_trainer(callbacks=[lora()]).test(module, make_loader(), ckpt_path=tmp_path / "other.ckpt")
+    assert is_merged(module)
+    assert equal(module.state_dict(), merged)
+    assert [(name, p.requires_grad) for name, p in module.named_parameters()] == flags
+
+
+def test_a_second_fit_does_not_mix_weights_loaded_after_the_merge_with_the_old_base(
+    make_trainer: Any, tmp_path: Path
+) -> None:
+    module, _, _ = run(make_trainer, tmp_path, True)
+    loaded = {key: torch.full_like(value, 0.5) for key, value in module.state_dict().items()}
+    module.load_state_dict(loaded)
+    with pytest.raises(MergeError, match=r"not the merged one any more.*remove_adapters\(module\)"):
+        fit(make_trainer(callbacks=[lora()]), module)
+    assert equal(module.state_dict(), loaded)
+    remove_adapters(module)
+    fit(make_trainer(callbacks=[lora()]), module)
+    assert equal(base(module), loaded)
+
+
+def test_saving_a_merged_module_changes_no_bit_flag_or_gradient_of_it(make_trainer: Any, tmp_path: Path) -> None:
+    module, trainer, _ = run(make_trainer, tmp_path, True)
+    module.backbone[0].weight.requires_grad_(False)
+    gradient = torch.ones_like(module.head.weight)
+    module.head.weight.grad = gradient
+    before, data = base(module), module.head.weight.data_ptr()
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert is_adapter_only(tmp_path / "after.ckpt")
+    assert equal(module.state_dict(), before)
+    assert module.head.weight.data_ptr() == data
+    assert module.head.weight.grad is gradient
+    assert not module.backbone[0].weight.requires_grad

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from lightning_lora import BaseMismatchError, LoRAConfig, inject_adapters, load_from_checkpoint, remove_adapters
 from tests.conftest import WIDTH, TinyModule, make_loader
 from tests.hazards.runs import adapters, base, equal, fit, is_adapter_only, lora, metric, read, trained
 
@@ -109,3 +110,43 @@ def test_after_a_merge_norm_layers_are_what_they_were(make_trainer: Any) -> None
     module.train()
     module(torch.randn(8, WIDTH))
     assert bool((module.backbone[1].running_mean != 0).any())
+
+
+class WithMeasuredNorm(WithNorm):
+    def build(self) -> None:
+        super().build()
+        self.backbone[1].running_mean.fill_(1 / 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step([value.to(self.dtype) for value in batch], batch_idx)
+
+
+def test_statistics_that_bf16_true_only_rounds_are_neither_saved_nor_loaded(make_trainer: Any, tmp_path: Path) -> None:
+    module, path = WithMeasuredNorm(), tmp_path / "x.ckpt"
+    trainer = make_trainer(callbacks=[lora()], precision="bf16-true", limit_val_batches=0)
+    fit(trainer, module)
+    trainer.save_checkpoint(path)
+    assert module.backbone[1].running_mean.dtype == torch.bfloat16
+    assert is_adapter_only(path)
+    assert equal(base(load_from_checkpoint(WithMeasuredNorm, path)), WithMeasuredNorm().state_dict())
+
+
+def test_a_base_with_other_statistics_is_another_base(make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(callbacks=[lora()])
+    fit(trainer, WithNorm())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(BaseMismatchError, match=r"the values of 1 of 3 buffers differ: backbone\.1\.running_mean"):
+        load_from_checkpoint(WithMeasuredNorm, tmp_path / "x.ckpt")
+
+
+def test_statistics_loaded_after_the_injection_stay_those_of_the_base(make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(callbacks=[lora()])
+    fit(trainer, WithMeasuredNorm())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    module = WithNorm()
+    module.backbone[0].weight.data.zero_()
+    inject_adapters(module, LoRAConfig(rank=2, alpha=4))
+    module.load_state_dict({**module.state_dict(), **WithMeasuredNorm().state_dict()})
+    make_trainer(callbacks=[lora()]).test(module, make_loader(), ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    remove_adapters(module)
+    assert equal(module.state_dict(), WithMeasuredNorm().state_dict())

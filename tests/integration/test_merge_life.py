@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
 from torch import Tensor
 
 from lightning_lora import LoRACallback, MergeConfig, MergeError, UnsupportedSetupError, unmerge_adapters
@@ -333,3 +336,105 @@ def test_a_file_is_saved_after_a_merge_that_only_a_raised_tolerance_allowed(tmp_
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     assert same(read(tmp_path / "after.ckpt")["state_dict"], read(tmp_path / "last.ckpt")["state_dict"])
     assert same(module.state_dict(), merged)
+
+
+@pytest.mark.parametrize("trained", ["everything", "head only"])
+def test_a_plain_stage_after_a_merge_keeps_what_it_trained(trained: str, tmp_path: Path) -> None:
+    module, _, _ = fitted(tmp_path / "first", True)
+    module.hparams["ruin"] = 1.0
+    if trained == "head only":
+        module.backbone.requires_grad_(False).eval()
+    start = {key: value.clone() for key, value in module.state_dict().items()}
+    second = quiet_trainer(tmp_path / "second")  # without the callback
+    second.fit(module, loader(), loader())
+    live = {key: value.clone() for key, value in module.state_dict().items()}
+    assert not torch.equal(live["head.weight"], start["head.weight"])
+    second.save_checkpoint(tmp_path / "second.ckpt")
+    second.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert same(module.state_dict(), live)
+    for name in ("second.ckpt", "weights.ckpt"):
+        assert same(read(tmp_path / name)["state_dict"], live)
+        assert same(Eager.load_from_checkpoint(tmp_path / name, weights_only=True).state_dict(), live)
+    with pytest.raises(MergeError, match="not the merged one any more") if trained == "everything" else nullcontext():
+        unmerge_adapters(module)
+
+
+class Bypassing(Eager):
+    """Reads the weight of an adapted layer beside calling the layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x) + torch.nn.functional.linear(x, self.backbone[0].weight))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_merge_that_changes_the_outputs_is_refused_before_anything_is_written(in_place: bool, tmp_path: Path) -> None:
+    module = Bypassing(ruin=1.0, norm=False)
+    with pytest.raises(MergeError, match=r"differ by \d+% of what the adapters change, .*exclude_modules.*Nothing was"):
+        fitted(tmp_path, MergeConfig(in_place=in_place), module=module)
+    assert not (tmp_path / "merged").exists()
+    assert same(adapters_of(module), read(tmp_path / "last.ckpt")["state_dict"])
+    assert same(base_of(module), base_of(Bypassing(norm=False)))
+
+
+def test_a_tolerance_of_the_users_own_allows_such_a_merge(tmp_path: Path) -> None:
+    _, _, callback = fitted(tmp_path, MergeConfig(tolerance=1e4), module=Bypassing(ruin=1.0, norm=False))
+    assert callback.merge_report is not None
+    assert callback.merge_report.output_difference is not None
+    assert callback.merge_report.output_difference.relative > 0.3
+
+
+def test_a_tiny_update_in_bf16_is_not_refused_for_what_rounding_does_to_the_outputs(tmp_path: Path) -> None:
+    class Barely(Half):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+    _, _, callback = fitted(tmp_path, MergeConfig(dtype="float32", in_place=False), module=Barely())
+    assert callback.merge_report is not None
+    assert (tmp_path / "merged" / "merged.ckpt").is_file()
+
+
+def test_a_module_that_is_never_twice_the_same_is_merged_without_a_proof_by_outputs(tmp_path: Path) -> None:
+    class Moving(Eager):
+        """Its outputs drift with every call, in evaluation too."""
+
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x) + 0.01 * self.calls
+
+    module, _, callback = fitted(tmp_path, True, module=Moving(ruin=1.0))
+    assert callback.merge_report is not None
+    assert callback.merge_report.output_difference is None
+    assert type(module.backbone[0]) is torch.nn.Linear
+
+
+class KeepsLast(pl.Callback):
+    """Remembers the state at the end of the training."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.state = {key: value.clone() for key, value in pl_module.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [({"in_place": False}, False), ({"tolerance": 1e-12}, True), ({"output_dir": "/proc/artifact"}, True)],
+    ids=["in_place=False", "beyond the tolerance", "can't be written"],
+)
+def test_merging_the_best_leaves_the_last_adapters_live(options: Any, refused: bool, tmp_path: Path) -> None:
+    last, module = KeepsLast(), Eager()
+    callback = lora(merge_on_fit_end=MergeConfig(source="best", **options))
+    trainer = quiet_trainer(tmp_path, callback, best_and_last(tmp_path), last)
+    with pytest.raises(MergeError) if refused else nullcontext():
+        trainer.fit(module, loader(), loader())
+    assert same(module.state_dict(), last.state)
+    assert not same(adapters_of(module), read(tmp_path / "epoch=0.ckpt")["state_dict"])
+    assert (tmp_path / "merged").exists() is not refused
+
+
+def test_the_printed_report_says_whose_outputs_were_compared(
+    merged: tuple[Any, pl.Trainer, LoRACallback, Path],
+) -> None:
+    file = io.StringIO()
+    Console(file=file, width=200).print(merged[2].merge_report)
+    assert "outputs of the live module, in its own dtype, on a batch" in file.getvalue()

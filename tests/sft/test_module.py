@@ -117,7 +117,8 @@ def test_the_learning_rate_warms_up_and_ends_at_zero(tiny_pretrained, tmp_path):
     assert rates[0] == pytest.approx(0.25)
     assert rates[1] > rates[0]
     assert rates[3:] == sorted(rates[3:], reverse=True)
-    assert rates[-1] == pytest.approx(0.1)
+    assert rates[3:5] == [pytest.approx(1.0)] * 2
+    assert rates[-1] == pytest.approx(1 / 6)
 
 
 def test_training_may_compute_in_bfloat16_while_weights_and_evaluation_stay_float32(tiny_pretrained, batches):
@@ -129,6 +130,15 @@ def test_training_may_compute_in_bfloat16_while_weights_and_evaluation_stay_floa
     module.answer_loss(batches[0])
     assert dtypes == [torch.bfloat16, torch.float32]
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+def test_evaluation_computes_in_the_weights_dtype_whatever_the_trainers_precision(tiny_pretrained, tmp_path):
+    module, dtypes = make_module(tiny_pretrained), {True: set(), False: set()}
+    module.model.lm_head.register_forward_hook(lambda _, __, output: dtypes[module.training].add(output.dtype))
+    trainer = make_trainer(tmp_path, precision="bf16-mixed")
+    trainer.fit(module, make_data(tiny_pretrained))
+    trainer.test(module, make_data(tiny_pretrained), verbose=False)
+    assert dtypes == {True: {torch.bfloat16}, False: {torch.float32}}
 
 
 def test_hyper_parameters_open_with_weights_only(tiny_pretrained, tmp_path):

@@ -1,4 +1,5 @@
 import importlib.util
+import shutil
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from lightning_lora.sft.pretrained import (
     _build_atomically,
     cache_folder,
     load_pretrained,
+    load_tokenizer,
     resolve_pretrained,
 )
 
@@ -24,6 +26,22 @@ def test_a_folder_is_loaded_in_train_mode_and_in_the_dtype_asked_for(tiny_pretra
 def test_hub_names_and_folders_are_passed_on(tiny_pretrained):
     assert resolve_pretrained(tiny_pretrained) == tiny_pretrained
     assert resolve_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.json": ("<|im_end|>", "<|done|>"), "tokenizer_config.json": ("<|im_end|>", "<|done|>")}, "im_end"),
+        ({"tokenizer_config.json": ('"pad_token"', '"no_token"')}, "padding token"),
+    ],
+)
+def test_a_tokenizer_that_cannot_end_a_turn_or_pad_is_refused_by_name(tiny_pretrained, tmp_path, change, message):
+    folder = shutil.copytree(tiny_pretrained, tmp_path / "model")
+    for name, (old, new) in change.items():
+        (folder / name).write_text((folder / name).read_text().replace(old, new))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float", "nonsense", "Tensor"])

@@ -61,7 +61,7 @@ def test_the_keys_that_programs_read_are_there(run):
     for test in ("before", "after"):
         assert set(written[test]) == SCORES
     assert written["after"]["loss"] < written["before"]["loss"]
-    assert written["seconds"] == 1.2
+    assert 1.2 < written["seconds"] < 600  # the time of the proof is in it
     assert written["test_samples"] == 8
 
 

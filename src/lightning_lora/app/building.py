@@ -66,4 +66,11 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def _build_named(group: DictConfig | None) -> list[Any]:
     """Instantiate the values of a group of named objects; a null value switches one off."""
-    return [] if not group else [build(node) for node in group.values() if node]
+    nodes = {str(name): node for name, node in (group or {}).items() if node}
+    for name, node in nodes.items():
+        if "_target_" not in node:
+            raise ValueError(
+                f"{name!r} has settings ({', '.join(map(str, node))}) and no _target_: the chosen option of its group "
+                f"does not define it. Choose one that does (callbacks=default, logger=csv), or set it to null."
+            )
+    return [build(node) for node in nodes.values()]

@@ -29,35 +29,50 @@ def train(config: DictConfig) -> float | None:
         The metric named by ``config.optimized_metric``, or None.
 
     Raises:
-        ValueError: If ``test_weights`` is unknown or the optimized metric was not logged.
+        ValueError: Before the fit, if ``test_weights`` is unknown, or a test is needed that ``test_after_fit=false``
+            switches off; after it, if the optimized metric was not logged.
     """
     started = time.perf_counter()
-    if config.test_weights not in TEST_WEIGHTS:
-        raise ValueError(f"test_weights={config.test_weights!r} is unknown. Choose one of {', '.join(TEST_WEIGHTS)}.")
+    _check(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     loggers = build_loggers(config)
     with own_process_group(), closing(loggers):
         log_config(loggers, plain(config))
         run = build_run(config, loggers=loggers)
-        metrics = _fit_and_test(run, config, started=started)
+        metrics = _fit_and_test(run, config)
         if run.trainer.is_global_zero:
-            write_metrics(Path(config.output_dir), metrics=metrics, seconds=time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            write_metrics(Path(config.output_dir), metrics=metrics, seconds=seconds)
+            if run.report is not None:
+                run.report.write(trainer=run.trainer, lora=run.lora, seconds=seconds)
         return chosen_metric(metrics, config.optimized_metric)
 
 
-def _fit_and_test(run: Run, config: DictConfig, *, started: float) -> dict[str, float]:
+def _check(config: DictConfig) -> None:
+    if config.test_weights not in TEST_WEIGHTS:
+        raise ValueError(f"test_weights={config.test_weights!r} is unknown. Choose one of {', '.join(TEST_WEIGHTS)}.")
+    if config.test_after_fit:
+        return
+    if str(config.optimized_metric).startswith("test/"):
+        raise ValueError(
+            f"optimized_metric={config.optimized_metric!r} is measured by the test that test_after_fit=false switches "
+            "off. Set optimized_metric=null, or one of validation such as val/loss."
+        )
+    if config.get("report") is not None:
+        raise ValueError("test_after_fit=false leaves the report without its test after the fit. Set report=null, too.")
+
+
+def _fit_and_test(run: Run, config: DictConfig) -> dict[str, float]:
     """Fit, with tests around it as the configuration asks; return all that was logged."""
     if run.report is None:
         metrics = _fit(run, config)
         return {**metrics, **_test(run, weights=config.test_weights)} if config.test_after_fit else metrics
-    lora = run.lora  # refused now rather than after the training
+    _ = run.lora  # refused now rather than after the training
     # The adapters are there already, and change nothing yet: this is the base model.
     run.report.record_before(run.model, _test(run, weights="live"))
     metrics = _fit(run, config)
     after = _test(run, weights=config.test_weights)
     run.report.record_after(run.model, after)
-    if run.trainer.is_global_zero:
-        run.report.write(trainer=run.trainer, lora=lora, seconds=time.perf_counter() - started)
     return {**metrics, **after}
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_lora.errors import MissingDependencyError
 
 _SMOOTHED_OVER = 10
+
+
+def require_matplotlib() -> None:
+    """Raise a MissingDependencyError where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependencyError("The loss curve is drawn with matplotlib. Run: pip install matplotlib")
 
 
 def draw_loss_curve(curve: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
@@ -20,11 +27,10 @@ def draw_loss_curve(curve: Mapping[str, Sequence[tuple[int, float]]], path: Path
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("The loss curve is drawn with matplotlib. Run: pip install matplotlib") from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: it would choose a window system and keep the figure alive
     axes = figure.add_subplot()

@@ -25,8 +25,8 @@ AUTOCAST_CHOICES = ("auto", "bfloat16", "off")
 class SFTModule(L.LightningModule):
     """A causal language model that learns to answer, scored on its loss and on its greedy answers.
 
-    The weights stay in ``dtype`` and evaluation runs in it; only the training step may compute in bfloat16.
-    So the answers measured here are those of the weights as they are saved.
+    The weights stay in ``dtype`` and evaluation runs in it, whatever the Trainer's mixed precision; only the training
+    step may compute in bfloat16. So the answers measured here are those of the weights as they are saved.
 
     Args:
         pretrained: ``"smollm2-135m-instruct"``, a folder written by ``save_pretrained``, or a hub id.
@@ -35,7 +35,7 @@ class SFTModule(L.LightningModule):
         warmup_steps: Optimizer steps of linear warm-up; a linear decay to zero follows.
         dtype: Dtype of the weights: ``"float32"`` or ``"bfloat16"``.
         autocast: ``"auto"`` trains in bfloat16 where the hardware has it, ``"bfloat16"`` always, ``"off"``
-            never.
+            leaves it to the Trainer's ``precision``.
         max_new_tokens: Longest answer in a test.
 
     Attributes:
@@ -94,7 +94,9 @@ class SFTModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure the loss."""
-        self.validation_loss.update(self.answer_loss(batch), weight=_answered(batch))
+        with self._evaluation_arithmetic():
+            loss = self.answer_loss(batch)
+        self.validation_loss.update(loss, weight=_answered(batch))
         self.log("val/loss", self.validation_loss, prog_bar=True, batch_size=len(batch["expected"]))
 
     def on_validation_epoch_end(self) -> None:
@@ -109,8 +111,9 @@ class SFTModule(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure the loss, answer greedily and score the answers."""
         size, expected = len(batch["expected"]), batch["expected"]
-        answers = self.answer(batch)
-        self.test_loss.update(self.answer_loss(batch), weight=_answered(batch))
+        with self._evaluation_arithmetic():
+            answers, loss = self.answer(batch), self.answer_loss(batch)
+        self.test_loss.update(loss, weight=_answered(batch))
         self.valid_json.update(answers)
         self.field_f1.update(answers, expected)
         self.exact_match.update(answers, expected)
@@ -167,13 +170,18 @@ class SFTModule(L.LightningModule):
         wanted = self.autocast == "bfloat16" or (self.autocast == "auto" and has_fast_bfloat16(device))
         # On a CPU the backward of the fused attention took a quarter of a step; its parts cost next to nothing.
         attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-        with attention, torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted):
+        bfloat16 = torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+        with attention, bfloat16:
             yield
+
+    def _evaluation_arithmetic(self) -> torch.autocast:
+        return torch.autocast(self.device.type, enabled=False)
 
 
 def _warm_up_then_decay(step: int, *, warmup_steps: int, total_steps: int) -> float:
-    warm_up = min(1.0, (step + 1) / max(1, warmup_steps))
-    return warm_up * max(0.0, 1.0 - step / max(1, total_steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return max(0.0, 1.0 - (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 
 def _answered(batch: Batch) -> torch.Tensor:

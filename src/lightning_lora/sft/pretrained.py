@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lightning_lora.errors import MissingDependencyError
+from lightning_lora.sft.chat import END_OF_TURN
 
 SMOLLM2 = "smollm2-135m-instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -41,19 +42,34 @@ def load_pretrained(pretrained: str, *, dtype: str = "float32") -> tuple[Any, An
         The model, in train mode, and the tokenizer.
 
     Raises:
-        ValueError: ``dtype`` names no floating dtype of torch.
+        ValueError: ``dtype`` names no floating dtype of torch, or the tokenizer can't end a turn.
         MissingDependencyError: The packaged model is asked for and its package isn't installed.
     """
     weight_dtype = _floating_dtype(dtype)
     folder = resolve_pretrained(pretrained)
     model = _transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype)
     model.train()  # from_pretrained returns eval mode: without this, dropout never acts during training
-    return model, _transformers().AutoTokenizer.from_pretrained(folder)
+    return model, load_tokenizer(pretrained)
 
 
 def load_tokenizer(pretrained: str) -> Any:
-    """Load the tokenizer alone; takes the same names as `load_pretrained`."""
-    return _transformers().AutoTokenizer.from_pretrained(resolve_pretrained(pretrained))
+    """Load the tokenizer alone; takes the same names as `load_pretrained`.
+
+    Raises:
+        ValueError: It can't end a turn or pad a batch, so that no answer would ever end.
+    """
+    tokenizer = _transformers().AutoTokenizer.from_pretrained(resolve_pretrained(pretrained))
+    if END_OF_TURN not in tokenizer.get_vocab():
+        raise ValueError(
+            f"The tokenizer of pretrained={pretrained!r} has no {END_OF_TURN!r}, which ends the turns of a chat here. "
+            "Use an instruction model in the ChatML form."
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"The tokenizer of pretrained={pretrained!r} has no padding token. Set tokenizer.pad_token and save it "
+            "beside the model."
+        )
+    return tokenizer
 
 
 def resolve_pretrained(pretrained: str) -> str:

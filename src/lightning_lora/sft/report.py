@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lightning_lora.sft.curve import draw_loss_curve
+from lightning_lora.sft.curve import draw_loss_curve, require_matplotlib
 from lightning_lora.sft.proof import compare_answers, find_model_folder
 from lightning_lora.sft.tables import merge_lines, sample_table, score_table, size_line
 
@@ -41,6 +42,9 @@ class BeforeAfterReport:
         base_name: What to call the base model.
         shown_samples: Answers printed, before and after.
         proof_samples: Answers that a new process repeats with the merged model; None for all, 0 for no proof.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class BeforeAfterReport:
         shown_samples: int = 3,
         proof_samples: int | None = None,
     ) -> None:
+        require_matplotlib()  # now, not after hours of training
         self.output_dir = Path(output_dir)
         self.base_name = base_name
         self.shown_samples = shown_samples
@@ -82,7 +87,7 @@ class BeforeAfterReport:
         Args:
             trainer: The trainer that fitted.
             lora: The callback, whose ``merge_report`` is proven where there is one.
-            seconds: How long the run took.
+            seconds: How long the run took so far; the time of the proof is added.
 
         Returns:
             What ``report.json`` holds.
@@ -93,32 +98,36 @@ class BeforeAfterReport:
         """
         if self.before is None or self.after is None or self._model is None:
             raise RuntimeError("A before/after report needs record_before and record_after ahead of write.")
-        report = {
+        report: dict[str, Any] = {
             "base": self.base_name,
             "before": self.before.scores,
             "after": self.after.scores,
             "test_samples": len(self.after.samples),
             "checkpoint_bytes": _checkpoint_bytes(trainer),
             "base_bytes": self._base_bytes,
-            "merge": self._merge(lora, self._model.max_new_tokens),
+            "merge": lora.merge_report.to_dict() if lora.merge_report is not None else None,
             "seconds": round(seconds, 1),
             "samples": self._shown(),
         }
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._write(report)  # before what may fail
+        began = time.perf_counter()
+        report["merge"] = self._proven(report["merge"], self._model.max_new_tokens)
+        report["seconds"] = round(seconds + time.perf_counter() - began, 1)
+        self._write(report)
         draw_loss_curve(self._model.curve, self.output_dir / CURVE_FILE)
-        path = self.output_dir / REPORT_FILE
-        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if trainer.is_global_zero:
             self._print(report)
         return report
 
-    def _merge(self, lora: LoRACallback, max_new_tokens: int) -> dict[str, Any] | None:
-        if lora.merge_report is None:
-            return None
-        merge: dict[str, Any] = lora.merge_report.to_dict()
-        folder = find_model_folder(Path(merge["folder"])) if merge.get("folder") else None
+    def _write(self, report: dict[str, Any]) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        path = self.output_dir / REPORT_FILE
+        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _proven(self, merge: dict[str, Any] | None, max_new_tokens: int) -> dict[str, Any] | None:
+        folder = find_model_folder(Path(merge["folder"])) if merge and merge.get("folder") else None
         samples = self.after.samples[: self.proof_samples] if self.after else []
-        if folder is not None and samples:
+        if merge is not None and folder is not None and samples:
             merge |= {"model_folder": str(folder)} | compare_answers(folder, samples, max_new_tokens=max_new_tokens)
         return merge
 

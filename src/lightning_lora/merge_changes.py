@@ -1,0 +1,71 @@
+"""Is a merged module still what the merge made of it? What was trained or loaded after it must not get lost."""
+
+from __future__ import annotations
+
+import zlib
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.adapter import Adapter
+from lightning_lora.layers import fold, host_of
+from lightning_lora.originals import bits
+from lightning_lora.record import MergedState, Record, find_record
+from lightning_lora.targets.patterns import canonical
+
+
+def base_sums(module: nn.Module, record: Record) -> dict[str, tuple[torch.dtype, int]]:
+    """Dtype and checksum of every parameter of a merged module that no adapter-only file holds."""
+    return {name: (p.dtype, _checksum(p)) for name, p in _base_parameters(module, record).items()}
+
+
+def changed_since_merge(module: nn.Module) -> set[str]:
+    """Parameters of the base of a merged module that are not what the merge left: changed, new or gone.
+
+    A merged weight that was cast meanwhile is compared with the merge done again and cast; another parameter that was
+    cast counts as changed, as nothing is kept to compare it with.
+    """
+    record = find_record(module)
+    assert record is not None
+    assert record.merged is not None
+    merged, live = record.merged, _base_parameters(module, record)
+    layers = {weight_of(name): name for name in merged.weights or ()}
+    changed = set(live) ^ set(merged.sums)
+    for name in set(live) - changed:
+        dtype, sum_then = merged.sums[name]
+        if live[name].dtype == dtype:
+            same = _checksum(live[name]) == sum_then
+        else:
+            same = name in layers and _is_merge_cast(module, merged, layers[name], live[name])
+        if not same:
+            changed.add(name)
+    return changed
+
+
+def _is_merge_cast(module: nn.Module, merged: MergedState, name: str, weight: Tensor) -> bool:
+    assert merged.weights is not None
+    kept = merged.weights[name]
+    host = host_of({canonical(key): child for key, child in module.named_modules()}[canonical(name)])
+    if host is None or weight.shape != kept.shape:
+        return False
+    adapters = merged.adapters[name].to(kept.device)
+    active = [cast(Adapter, adapters[key]) for key in merged.active[name]]
+    matrix = fold(host.as_matrix(kept), active).to(kept.dtype)
+    return torch.equal(host.as_weight(matrix).to(weight.dtype), weight.detach().to(kept.device))
+
+
+def weight_of(layer: str) -> str:
+    """Canonical name of the weight of the layer called ``layer``."""
+    return canonical(f"{layer}.weight" if layer else "weight")
+
+
+def _base_parameters(module: nn.Module, record: Record) -> dict[str, Tensor]:
+    """What no adapter-only file holds: the parameters of a merged module but those trained in full."""
+    named = {canonical(name): parameter for name, parameter in module.named_parameters()}
+    return {name: parameter for name, parameter in named.items() if name not in record.saved}
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes; 0 for a tensor without data."""
+    return 0 if tensor.is_meta or tensor.numel() == 0 else zlib.crc32(bits(tensor).numpy().tobytes())

@@ -1,0 +1,133 @@
+"""What a merge did, in numbers that can be checked: per layer, over all layers, and for the outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.layers import AdaptedLayer
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """What merging did to one layer.
+
+    Attributes:
+        name: Dotted name.
+        update: Frobenius norm of the update ``scaling * B A``.
+        weight: Frobenius norm of the base weight.
+        error: ``|merged - base - update| / |update|``: what rounding to the weight's dtype costs.
+    """
+
+    name: str
+    update: float
+    weight: float
+    error: float
+
+
+@dataclass(frozen=True)
+class OutputDifference:
+    """Outputs of the merged module against those with live adapters, on one batch.
+
+    Both are the live module's, in its own dtype: of an artifact in another ``MergeConfig.dtype`` they say nothing.
+
+    Attributes:
+        max_abs: Largest absolute difference of any element.
+        relative: Norm of the difference over the norm of what the adapters change in the output.
+    """
+
+    max_abs: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Proof of a merge.
+
+    Attributes:
+        layers: One entry per merged layer.
+        relative_error: Error over all layers, in units of the update.
+        source: ``"last"`` or ``"best"``.
+        dtype: Dtype of the merged weights: of the artifact, where one was written.
+        output_difference: Of the live module, see :class:`OutputDifference`. None where no batch had been seen, where
+            the live module's dtype can't hold the merge, or where the module gives other outputs at every call.
+        folder: Where the artifact is, if one was written.
+    """
+
+    layers: tuple[MergedLayer, ...]
+    relative_error: float
+    source: str = "last"
+    dtype: str = "float32"
+    output_difference: OutputDifference | None = None
+    folder: str | None = None
+
+    @property
+    def max_relative_error(self) -> float:
+        """The largest error of a layer, in units of its update."""
+        return max((layer.error for layer in self.layers), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, strings and numbers."""
+        return {
+            **dataclasses.asdict(self),
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "max_relative_error": self.max_relative_error,
+        }
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(title=f"merged {self.source} adapters ({self.dtype})", title_justify="left")
+        table.add_column("layer", overflow="fold")
+        for header in ("|update|", "|update|/|weight|", "error/|update|"):
+            table.add_column(header, justify="right", no_wrap=True)
+        worst = sorted(self.layers, key=lambda layer: -layer.error)[:8]
+        for layer in worst:
+            share = layer.update / layer.weight if layer.weight else math.inf
+            table.add_row(layer.name, f"{layer.update:.3g}", f"{share:.2%}", f"{layer.error:.1e}")
+        lines = [
+            f"{len(self.layers)} layers, worst first; error over all layers {self.relative_error:.1e} of the update"
+        ]
+        if self.output_difference is not None:
+            difference = self.output_difference
+            lines.append(
+                "outputs of the live module, in its own dtype, on a batch: "
+                f"largest difference {difference.max_abs:.1e}, {difference.relative:.1e} of what the adapters change"
+            )
+        if self.folder is not None:
+            lines.append(f"written to {self.folder}")
+        return Group(table, *lines)
+
+
+@dataclass
+class Norms:
+    """Sums of squares over layers, in units that add up."""
+
+    error: float = 0.0
+    update: float = 0.0
+    layers: list[MergedLayer] = field(default_factory=list)
+
+    def add(self, name: str, layer: AdaptedLayer, update: Tensor, stored: Tensor) -> None:
+        """Count the merged weight ``stored`` of a layer in."""
+        base = layer.weight_matrix().detach().to(update.dtype)
+        # The difference of two close floating-point numbers is exact (Sterbenz), so fp32 shows the rounding of fp32.
+        error = torch.linalg.vector_norm((stored.to(update.dtype) - base).sub_(update)).item()
+        size = torch.linalg.vector_norm(update).item()
+        self.error += error**2
+        self.update += size**2
+        weight = torch.linalg.vector_norm(base).item()
+        self.layers.append(MergedLayer(name, size, weight, error / size if size else 0.0))
+
+    @property
+    def relative_error(self) -> float:
+        """Error over all layers, in units of the update."""
+        return math.sqrt(self.error / self.update) if self.update else 0.0
