@@ -20,7 +20,8 @@ from torch import nn
 
 from lightning_lora import MergeConfig
 from tests.conftest import WIDTH, TinyModule, make_loader
-from tests.hazards.runs import adapters, base, digest, lora, metric, trained
+from tests.hazards.runs import digest, lora, metric, trained
+from tests.states import adapters_of, base_of
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 Result = dict[str, Any]
@@ -69,7 +70,7 @@ def fit(trainer: pl.Trainer, module: TinyModule, resume: Any = None) -> None:
 
 
 def seen(module: nn.Module) -> Result:
-    return {"adapters": digest(adapters(module)), "base": digest(base(module)), "trained": trained(module)}
+    return {"adapters": digest(adapters_of(module)), "base": digest(base_of(module)), "trained": trained(module)}
 
 
 def start(folder: Path) -> Result:
@@ -120,9 +121,11 @@ def unused(folder: Path) -> Result:
         warnings.simplefilter("always")
         fit(trainer_for(folder, lora(), unused=True), module)
     messages = [str(w.message) for w in caught]
-    own = [key for key in adapters(module) if key.startswith("idle.")]
+    own = [key for key in adapters_of(module) if key.startswith("idle.")]
     moved = all(
-        bool((module.state_dict()[key] != 0).any()) for key in adapters(module) if key.endswith("B") and key not in own
+        bool((module.state_dict()[key] != 0).any())
+        for key in adapters_of(module)
+        if key.endswith("B") and key not in own
     )
     return {**seen(module), "warned": any("'idle.adapters" in text for text in messages), "others trained": moved}
 

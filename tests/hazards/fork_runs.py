@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from tests.conftest import TinyModule, make_loader
-from tests.hazards.runs import adapters, digest, is_adapter_only, lora
+from tests.hazards.runs import digest, is_adapter_only, lora
+from tests.states import adapters_of
 
 
 def run(folder: Path, *, merge: bool) -> dict[str, object]:
@@ -32,7 +33,7 @@ def run(folder: Path, *, merge: bool) -> dict[str, object]:
     trainer.fit(module, make_loader(rows=32), make_loader(rows=32))
     return {
         "moved": digest(module.state_dict()) != start,
-        "adapters": len(adapters(module)),
+        "adapters": len(adapters_of(module)),
         "adapter only": is_adapter_only(saver.best_model_path),
         "merged": [str(path) for path in folder.rglob("merged.ckpt")],
     }

@@ -7,31 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, LoRAConfig
 from tests.conftest import make_loader
+from tests.states import adapters_of, read
 
 
 def lora(rank: int = 2, alpha: float = 4.0, *, merge: Any = False, **options: Any) -> LoRACallback:
     """A silent callback."""
     return LoRACallback(LoRAConfig(rank=rank, alpha=alpha, **options), merge_on_fit_end=merge, print_report=False)
-
-
-def adapters(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of all adapter tensors."""
-    return {key: value.clone() for key, value in module.state_dict().items() if ".lora_" in key}
-
-
-def base(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of everything else in the state dict."""
-    return {key: value.clone() for key, value in module.state_dict().items() if ".lora_" not in key}
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether two states are bitwise the same."""
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def digest(state: dict[str, Tensor]) -> str:
@@ -42,13 +27,8 @@ def digest(state: dict[str, Tensor]) -> str:
 
 def trained(module: nn.Module) -> bool:
     """Whether every adapter has left its zero start."""
-    found = {key: value for key, value in adapters(module).items() if key.endswith("lora_B")}
+    found = {key: value for key, value in adapters_of(module).items() if key.endswith("lora_B")}
     return bool(found) and all(bool(value.abs().max() > 0) for value in found.values())
-
-
-def read(path: Any) -> dict[str, Any]:
-    """A checkpoint, opened without unpickling anything but plain types."""
-    return torch.load(Path(path), weights_only=True)
 
 
 def is_adapter_only(path: Any) -> bool:

@@ -14,7 +14,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lightning_lora import UnsupportedSetupError
 from tests.conftest import WIDTH, TinyModule, make_loader
-from tests.hazards.runs import adapters, base, equal, fit, is_adapter_only, lora, metric, read, trained
+from tests.hazards.runs import fit, is_adapter_only, lora, metric, trained
+from tests.states import adapters_of, base_of, read, same
 
 weight_averaging = pytest.importorskip(
     "lightning.pytorch.callbacks.weight_averaging", reason="WeightAveraging comes with lightning 2.5.5"
@@ -63,10 +64,10 @@ ALL = ["average", "ema", "multi", "swa"]
 @pytest.mark.parametrize("kind", ALL)
 def test_averaging_after_us_trains_and_leaves_the_base_bitwise_as_it_was(make_trainer: Any, kind: str) -> None:
     module = NormModule()
-    before = base(module)
+    before = base_of(module)
     fit(make_trainer(max_epochs=3, callbacks=[lora(), averaging(kind)]), module)
     assert trained(module)
-    assert equal(base(module), before)
+    assert same(base_of(module), before)
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -85,7 +86,7 @@ def test_averaged_checkpoints_hold_adapters_only_and_score_as_the_averaged_model
     trainer = make_trainer(max_epochs=3, enable_checkpointing=True, callbacks=[lora(), averaging(kind), saver])
     fit(trainer, module)
     assert is_adapter_only(saver.best_model_path)
-    assert set(read(saver.best_model_path)["current_model_state"]) == set(adapters(module))
+    assert set(read(saver.best_model_path)["current_model_state"]) == set(adapters_of(module))
     best = float(saver.best_model_score)
     tester = make_trainer(callbacks=[lora()])
     for candidate in (module, NormModule()):
@@ -104,7 +105,7 @@ def test_averaging_resumes_bitwise(make_trainer: Any, tmp_path: Any, kind: str) 
     whole, _ = run(4, averaging(kind), "whole")
     _, half = run(2, averaging(kind), "half")
     resumed, _ = run(4, averaging(kind), "resumed", half)
-    assert equal(whole.state_dict(), resumed.state_dict())
+    assert same(whole.state_dict(), resumed.state_dict())
 
 
 @needs_ema
@@ -138,7 +139,7 @@ def test_stochastic_weight_averaging_averages_the_adapters(make_trainer: Any) ->
     fit(make_trainer(max_epochs=3, callbacks=[lora()]), plain)
     fit(make_trainer(max_epochs=3, callbacks=[lora(), averaging("swa")]), averaged)
     assert trained(averaged)
-    assert not equal(adapters(plain), adapters(averaged))
+    assert not same(adapters_of(plain), adapters_of(averaged))
 
 
 def test_stochastic_weight_averaging_does_not_reset_frozen_norm_statistics(make_trainer: Any) -> None:
@@ -169,4 +170,4 @@ def test_what_is_equal_stays_equal_under_an_average_also_in_a_copy_of_the_callba
     keep_equal(copy.deepcopy(callback))
     callback._average_model.update_parameters(module)
     callback._average_model.update_parameters(module)
-    assert equal(base(callback._average_model.module), base(module))
+    assert same(base_of(callback._average_model.module), base_of(module))

@@ -23,7 +23,8 @@ from lightning_lora import (
     remove_adapters,
 )
 from tests.conftest import WIDTH, TinyModule, make_loader
-from tests.hazards.runs import adapters, base, equal, fit, lora, metric, trained
+from tests.hazards.runs import fit, lora, metric, trained
+from tests.states import adapters_of, base_of, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
 
@@ -55,7 +56,7 @@ def test_base_weights_loaded_in_setup_after_the_injection_are_the_base(
     trainer = make_trainer(enable_checkpointing=True, callbacks=[lora(), saver])
     fit(trainer, module)
     assert trained(module)
-    assert equal(base(module), TinyModule(seed=7).state_dict())
+    assert same(base_of(module), TinyModule(seed=7).state_dict())
     score = metric(trainer.test(module, make_loader(), verbose=False))
     tester = make_trainer(callbacks=[lora()])
     path = saver.best_model_path
@@ -108,13 +109,13 @@ MOMENTS = ["on_fit_start", "on_train_start", "on_train_epoch_start", "configure_
 def test_a_base_that_the_module_unfreezes_is_refused_by_name(make_trainer: Any, where: str) -> None:
     module = Unfreezing()
     module.where = where
-    before = base(module)
+    before = base_of(module)
     trainer = make_trainer(max_epochs=3, callbacks=[lora()])
     with pytest.raises(
         UnsupportedSetupError, match=r"made trainable after the injection, such as 'backbone\.0\.weight'"
     ):
         fit(trainer, module)
-    assert equal(base(module), before)
+    assert same(base_of(module), before)
 
 
 def test_a_base_that_another_callback_unfreezes_is_refused(make_trainer: Any) -> None:
@@ -150,12 +151,12 @@ class KeepingGradients(TinyModule):
 @pytest.mark.parametrize("optimizer", ["all", "groups"])
 def test_a_stale_gradient_on_the_base_moves_nothing(make_trainer: Any, optimizer: str) -> None:
     module = KeepingGradients(optimizer=optimizer)
-    before = base(module)
+    before = base_of(module)
     module(torch.randn(4, WIDTH)).sum().backward()
     assert module.backbone[0].weight.grad is not None
     fit(make_trainer(callbacks=[lora()]), module)
     assert trained(module)
-    assert equal(base(module), before)
+    assert same(base_of(module), before)
     assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
 
 
@@ -195,12 +196,12 @@ def test_no_optimizer_moves_or_keeps_state_of_the_base_and_all_resume(
         assert {id(p) for p in trainer.optimizers[0].state} <= held
         return module, saver.best_model_path
 
-    before = base(Optimized())
+    before = base_of(Optimized())
     whole, _ = run(2, "whole")
-    assert equal(base(whole), before)
+    assert same(base_of(whole), before)
     _, first = run(1, "parts")
     resumed, _ = run(2, "parts", first)
-    assert equal(resumed.state_dict(), whole.state_dict())
+    assert same(resumed.state_dict(), whole.state_dict())
 
 
 class Renamed(TinyModule):
@@ -231,12 +232,12 @@ OTHERS = {
 def test_a_wrong_base_is_refused_at_load(make_trainer: Any, checkpoint: str, kind: str, verb: str) -> None:
     build, error, message = OTHERS[kind]
     module = build()
-    before = base(module)
+    before = base_of(module)
     trainer = make_trainer(max_epochs=2, callbacks=[lora()])
     loader = make_loader(width=module.hparams["width"])
     with pytest.raises(error, match=message):
         getattr(trainer, verb)(module, *[loader] * (2 if verb == "fit" else 1), ckpt_path=checkpoint)
-    assert equal(base(module), before)
+    assert same(base_of(module), before)
     assert not trained(module)
 
 
@@ -260,7 +261,7 @@ def test_the_right_base_loads_after_a_wrong_one_was_refused(make_trainer: Any, c
     module = TinyModule()
     trainer.test(module, make_loader(), ckpt_path=checkpoint, verbose=False)
     assert trained(module)
-    assert adapters(module)
+    assert adapters_of(module)
 
 
 class Lengthened(TinyModule):
@@ -378,7 +379,7 @@ def test_a_head_trained_in_full_may_have_an_extra_state(make_trainer: Any) -> No
     module = WithHead()
     fit(make_trainer(callbacks=[lora(modules_to_save=["head"])]), module)
     remove_adapters(module)
-    assert equal(tensors(module), tensors(WithHead()))
+    assert same(tensors(module), tensors(WithHead()))
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:

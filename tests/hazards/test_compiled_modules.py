@@ -19,7 +19,8 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from tests.conftest import WIDTH, TinyModule, make_loader
-from tests.hazards.runs import adapters, equal, fit, is_adapter_only, lora, metric, read, trained
+from tests.hazards.runs import fit, is_adapter_only, lora, metric, trained
+from tests.states import adapters_of, read, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
 
@@ -102,7 +103,7 @@ def test_a_compiled_submodule_trains_as_the_eager_one_and_its_file_has_clean_key
     path, _ = fitted(make_trainer, tmp_path / "compiled", module)
     assert trained(module)
     assert set(read(path)["state_dict"]) == KEYS
-    for key, value in adapters(eager).items():
+    for key, value in adapters_of(eager).items():
         compiled = module.state_dict()[key.replace("backbone.", "backbone._orig_mod.")]
         torch.testing.assert_close(compiled, value)
 
@@ -174,7 +175,7 @@ def test_removal_restores_a_module_compiled_before_or_after(compiled_first: bool
     remove_adapters(module)
     assert all(p.requires_grad for p in module.parameters())
     module.backbone = module.backbone._orig_mod
-    assert equal(module.state_dict(), original)
+    assert same(module.state_dict(), original)
 
 
 def test_a_submodule_that_ran_compiled_before_the_injection_sees_its_adapters() -> None:
@@ -198,7 +199,9 @@ def test_the_start_of_an_adapter_does_not_depend_on_compilation() -> None:
     eager, compiled = Never(), Compiled()
     for module in (eager, compiled):
         inject_adapters(module, LoRAConfig(rank=2))
-    assert all(torch.equal(a, b) for a, b in zip(adapters(eager).values(), adapters(compiled).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(adapters_of(eager).values(), adapters_of(compiled).values(), strict=True)
+    )
 
 
 # What the compiler itself asks of an input that is no leaf, when warnings are errors.

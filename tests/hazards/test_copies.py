@@ -14,7 +14,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, MergeError, inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
 from tests.conftest import WIDTH, TinyModule, make_loader
-from tests.hazards.runs import adapters, base, equal, fit, is_adapter_only, lora, read, trained
+from tests.hazards.runs import fit, is_adapter_only, lora, trained
+from tests.states import adapters_of, base_of, read, same
 
 
 def pickled(module: nn.Module) -> nn.Module:
@@ -56,10 +57,10 @@ def test_a_copy_has_the_same_outputs_and_its_own_tensors(module: TinyModule, way
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_copy_trains_and_the_original_stays(make_trainer: Any, module: TinyModule, way: Any) -> None:
-    other, before = way(module), adapters(module)
+    other, before = way(module), adapters_of(module)
     fit(make_trainer(callbacks=[lora()]), other)
-    assert equal(adapters(module), before)
-    assert not equal(adapters(other), before)
+    assert same(adapters_of(module), before)
+    assert not same(adapters_of(other), before)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -76,7 +77,7 @@ def test_the_patches_of_a_copy_save_and_load_the_copy(
     assert bool((read(tmp_path / "copy.ckpt")["state_dict"]["backbone.0.adapters.default.lora_B"] == 3.0).all())
     back = way(module)
     trainer.validate(back, make_loader(), ckpt_path=tmp_path / "copy.ckpt", verbose=False)
-    assert equal(adapters(back), adapters(other))
+    assert same(adapters_of(back), adapters_of(other))
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, pickled])
@@ -106,9 +107,9 @@ def test_removing_the_adapters_of_a_copy_leaves_the_original_adapted(module: Tin
     other = way(module)
     remove_adapters(other)
     assert type(other.backbone[0]) is nn.Linear
-    assert not adapters(other)
+    assert not adapters_of(other)
     assert trained(module)
-    assert equal(other.state_dict(), TinyModule().state_dict())
+    assert same(other.state_dict(), TinyModule().state_dict())
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -119,7 +120,7 @@ def test_merging_a_copy_leaves_the_original_adapted(module: TinyModule, way: Any
     assert torch.equal(module(x), before)
     torch.testing.assert_close(other(x), before)
     unmerge_adapters(other)
-    assert equal(other.state_dict(), module.state_dict())
+    assert same(other.state_dict(), module.state_dict())
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -127,7 +128,7 @@ def test_a_copy_of_a_merged_module_is_a_plain_module(module: TinyModule, way: An
     merge_adapters(module)
     other, x = way(module), torch.randn(3, WIDTH)
     assert torch.equal(other(x), module(x))
-    assert equal(base(other), base(module))
+    assert same(base_of(other), base_of(module))
     with pytest.raises(MergeError, match="copy of a merged one and has no base weights to go back to"):
         unmerge_adapters(other)
     unmerge_adapters(module)

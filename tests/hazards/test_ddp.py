@@ -18,7 +18,8 @@ import torch
 
 from lightning_lora import LoRAConfig, inject_adapters
 from tests.conftest import TinyModule
-from tests.hazards.runs import adapters, digest, is_adapter_only, read
+from tests.hazards.runs import digest, is_adapter_only
+from tests.states import adapters_of, read
 
 pytestmark = [
     pytest.mark.slow,
@@ -82,7 +83,7 @@ def test_every_adapter_trains(ranks: Any, run: str) -> None:
 def test_the_start_is_the_one_that_this_process_draws_too(ranks: Any) -> None:
     module = TinyModule()
     inject_adapters(module, LoRAConfig(rank=2, alpha=4, init="gaussian"))
-    assert ranks[0]["start"]["adapters"] == digest(adapters(module))
+    assert ranks[0]["start"]["adapters"] == digest(adapters_of(module))
 
 
 def test_a_resume_is_bitwise(ranks: Any) -> None:

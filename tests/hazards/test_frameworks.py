@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, MergeConfig
 from tests.conftest import TinyModule, make_loader
-from tests.hazards.runs import fit, is_adapter_only, read, trained
+from tests.hazards.runs import fit, is_adapter_only, trained
+from tests.states import read
 
 
 class TinyData(pl.LightningDataModule):

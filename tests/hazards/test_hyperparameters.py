@@ -13,7 +13,8 @@ from torch import nn
 
 from lightning_lora import CheckpointError, load_from_checkpoint
 from tests.conftest import WIDTH, TinyModule, make_loader
-from tests.hazards.runs import adapters, equal, fit, lora, metric, read
+from tests.hazards.runs import fit, lora, metric
+from tests.states import adapters_of, read, same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
@@ -78,7 +79,7 @@ def test_plain_hyperparameters_are_kept_and_resume_and_rebuild(
     path, score = saved(make_trainer, tmp_path, module, weights_only=weights_only)
     assert "settings" in read(path)["hyper_parameters"]
     twin = load_from_checkpoint(WithSettings, path)
-    assert equal(adapters(twin), adapters(module))
+    assert same(adapters_of(twin), adapters_of(module))
     tester = make_trainer(callbacks=[lora()], logger=False)
     assert metric(tester.test(WithSettings(PLAIN[kind]()), make_loader(), ckpt_path=path, verbose=False)) == score
     if not weights_only:
@@ -105,7 +106,7 @@ def test_other_hyperparameters_are_left_out_with_a_warning_and_asked_for(
     assert Path(path).stat().st_size < 100_000
     with pytest.raises(CheckpointError, match=r"needs settings.*settings=\.\.\."):
         load_from_checkpoint(WithSettings, path)
-    assert equal(adapters(load_from_checkpoint(WithSettings, path, settings=module.given)), adapters(module))
+    assert same(adapters_of(load_from_checkpoint(WithSettings, path, settings=module.given)), adapters_of(module))
     fit(make_trainer(max_epochs=1, callbacks=[lora()]), WithSettings(module.given))
 
 
@@ -114,7 +115,7 @@ def test_what_is_left_out_may_have_a_default(make_trainer: Any, tmp_path: Path, 
     module = Optional(NOT_PLAIN[kind]())
     with pytest.warns(UserWarning, match="left out"):
         path, _ = saved(make_trainer, tmp_path, module)
-    assert equal(adapters(load_from_checkpoint(Optional, path)), adapters(module))
+    assert same(adapters_of(load_from_checkpoint(Optional, path)), adapters_of(module))
 
 
 def test_a_network_among_the_hyperparameters_stays_out_of_the_file(make_trainer: Any, tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_a_network_among_the_hyperparameters_stays_out_of_the_file(make_trainer:
     assert set(read(path)["hyper_parameters"]) >= {"lr"}
     assert Path(path).stat().st_size < 60_000
     twin = load_from_checkpoint(Around, path, net=network())
-    assert equal(twin.state_dict(), module.state_dict())
+    assert same(twin.state_dict(), module.state_dict())
     tester = make_trainer(callbacks=[lora()])
     assert metric(tester.test(twin, make_loader(), verbose=False)) == score
 
@@ -156,8 +157,9 @@ def test_a_module_whose_hyperparameters_are_one_omegaconf_node(make_trainer: Any
     tester = make_trainer(callbacks=[lora()])
     assert metric(tester.test(Configured(cfg), make_loader(), ckpt_path=path, verbose=False)) == score
     assert dict(read(path)["hyper_parameters"]) == dict(cfg)
-    assert equal(
-        adapters(load_from_checkpoint(Configured, path)), adapters(load_from_checkpoint(Configured, path, cfg=cfg))
+    assert same(
+        adapters_of(load_from_checkpoint(Configured, path)),
+        adapters_of(load_from_checkpoint(Configured, path, cfg=cfg)),
     )
 
 
@@ -189,7 +191,7 @@ def test_a_module_that_takes_one_config_is_loaded_again_by_us_and_merged_by_its_
     assert isinstance(loaded.hparams, omegaconf.DictConfig)
     assert loaded.hparams.net.width == loaded.hparams.lr == WIDTH
     merged = HydraStyle.load_from_checkpoint(Path(callback.merge_report.folder) / "merged.ckpt", weights_only=True)
-    assert equal(merged.state_dict(), module.state_dict())
+    assert same(merged.state_dict(), module.state_dict())
 
 
 def test_a_config_that_names_what_only_hydra_knows_does_not_stop_the_saves(make_trainer: Any, tmp_path: Path) -> None:
@@ -222,4 +224,4 @@ def test_the_merged_file_has_plain_hyperparameters_too(make_trainer: Any, tmp_pa
     callback = lora(merge=True)
     fit(make_trainer(callbacks=[callback]), module)
     merged = WithSettings.load_from_checkpoint(Path(callback.merge_report.folder) / "merged.ckpt", weights_only=True)
-    assert equal(merged.state_dict(), module.state_dict())
+    assert same(merged.state_dict(), module.state_dict())

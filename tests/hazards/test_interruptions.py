@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_lora.patches import is_patched
 from tests.conftest import TinyModule, make_loader
-from tests.hazards.runs import base, equal, fit, is_adapter_only, lora, metric, read, trained
+from tests.hazards.runs import fit, is_adapter_only, lora, metric, trained
+from tests.states import base_of, read, same
 
 
 class Interrupted(TinyModule):
@@ -74,13 +75,13 @@ def test_after_an_interruption_nothing_of_the_run_is_left_on_the_module(
     make_trainer: Any, error: Any, where: str
 ) -> None:
     module, callback = Interrupted(error, where), lora(merge=True)
-    frozen = base(module)
+    frozen = base_of(module)
     trainer = make_trainer(max_epochs=4, callbacks=[callback])
     interrupt(trainer, module)
     assert "configure_model" not in vars(module)
     assert "load_checkpoint" not in vars(trainer.strategy)
     assert not any(child._forward_pre_hooks for child in module.modules())
-    assert equal(base(module), frozen)
+    assert same(base_of(module), frozen)
     assert callback.merge_report is None
 
 
@@ -126,7 +127,7 @@ def test_on_exception_checkpoint_holds_adapters_only_and_continues(
     assert trainer.global_step == 4
     whole = TinyModule()
     fit(make_trainer(max_epochs=2, callbacks=[lora()]), whole)
-    assert equal(module.state_dict(), whole.state_dict())
+    assert same(module.state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize("error", ERRORS)

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrizations, prune
 
 from lightning_lora import LoRAConfig, TargetNotFoundError, UnsupportedSetupError, inject_adapters
 from tests.conftest import WIDTH, TinyModule
-from tests.hazards.runs import base, equal, fit, lora, trained
+from tests.hazards.runs import fit, lora, trained
+from tests.states import base_of, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
@@ -188,10 +189,10 @@ def test_a_layer_that_the_first_batch_does_not_use_is_warned_of_and_still_trains
 
 def test_what_is_refused_is_left_as_it_was() -> None:
     net = Tied()
-    before, flags = base(net), [p.requires_grad for p in net.parameters()]
+    before, flags = base_of(net), [p.requires_grad for p in net.parameters()]
     with pytest.raises(TargetNotFoundError):
         inject_adapters(net, LoRAConfig(target_modules=["projection"]))
-    assert equal(base(net), before)
+    assert same(base_of(net), before)
     assert [p.requires_grad for p in net.parameters()] == flags
 
 

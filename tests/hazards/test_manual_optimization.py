@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from tests.conftest import WIDTH, make_loader
-from tests.hazards.runs import adapters, base, equal, is_adapter_only, lora, trained
+from tests.hazards.runs import is_adapter_only, lora, trained
+from tests.states import adapters_of, base_of, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
 
@@ -60,10 +61,10 @@ class Adversarial(pl.LightningModule):
 @pytest.mark.parametrize("kind", ["all", "filtered"])
 def test_two_toggled_optimizers_train_all_adapters_and_no_base(make_trainer: Any, kind: str) -> None:
     module = Adversarial(kind)
-    before = base(module)
+    before = base_of(module)
     make_trainer(max_epochs=2, callbacks=[lora(target_modules=[r"(generator|critic)\.\d"])]).fit(module, make_loader())
     assert trained(module)
-    assert equal(base(module), before)
+    assert same(base_of(module), before)
 
 
 def test_two_toggled_optimizers_resume_bitwise_from_adapter_only_files(make_trainer: Any, tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_two_toggled_optimizers_resume_bitwise_from_adapter_only_files(make_trai
     _, first = run(1, "parts")
     resumed, _ = run(3, "parts", first)
     assert is_adapter_only(first)
-    assert equal(adapters(whole), adapters(resumed))
+    assert same(adapters_of(whole), adapters_of(resumed))
 
 
 def test_a_file_saved_while_an_optimizer_is_toggled_has_all_adapters(make_trainer: Any, tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_a_file_saved_while_an_optimizer_is_toggled_has_all_adapters(make_traine
     module = Saving()
     make_trainer(callbacks=[lora(target_modules=[r"(generator|critic)\.\d"])]).fit(module, make_loader())
     found = torch.load(tmp_path / "toggled.ckpt", weights_only=True)
-    assert found["state_dict"].keys() == adapters(module).keys()
+    assert found["state_dict"].keys() == adapters_of(module).keys()
 
 
 def test_an_optimizer_over_a_module_without_adapters_explains_the_empty_parameter_list(make_trainer: Any) -> None:

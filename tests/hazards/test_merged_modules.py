@@ -19,7 +19,8 @@ from lightning_lora import (
 )
 from lightning_lora.merge import is_merged
 from tests.conftest import TinyModule, make_loader
-from tests.hazards.runs import base, equal, fit, is_adapter_only, lora, metric
+from tests.hazards.runs import fit, is_adapter_only, lora, metric
+from tests.states import base_of, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
 
@@ -81,12 +82,12 @@ def test_a_refused_file_leaves_a_merged_module_merged(make_trainer: Any, tmp_pat
     other = make_trainer(callbacks=[lora(rank=3)])
     fit(other, TinyModule())
     other.save_checkpoint(tmp_path / "other.ckpt")
-    merged = base(module)
+    merged = base_of(module)
     flags = [(name, p.requires_grad) for name, p in module.named_parameters()]
     with pytest.raises(AdapterMismatchError):
         make_trainer(callbacks=[lora()]).test(module, make_loader(), ckpt_path=tmp_path / "other.ckpt")
     assert is_merged(module)
-    assert equal(module.state_dict(), merged)
+    assert same(module.state_dict(), merged)
     assert [(name, p.requires_grad) for name, p in module.named_parameters()] == flags
 
 
@@ -98,10 +99,10 @@ def test_a_second_fit_does_not_mix_weights_loaded_after_the_merge_with_the_old_b
     module.load_state_dict(loaded)
     with pytest.raises(MergeError, match=r"not the merged one any more.*remove_adapters\(module\)"):
         fit(make_trainer(callbacks=[lora()]), module)
-    assert equal(module.state_dict(), loaded)
+    assert same(module.state_dict(), loaded)
     remove_adapters(module)
     fit(make_trainer(callbacks=[lora()]), module)
-    assert equal(base(module), loaded)
+    assert same(base_of(module), loaded)
 
 
 def test_saving_a_merged_module_changes_no_bit_flag_or_gradient_of_it(make_trainer: Any, tmp_path: Path) -> None:
@@ -109,10 +110,10 @@ def test_saving_a_merged_module_changes_no_bit_flag_or_gradient_of_it(make_train
     module.backbone[0].weight.requires_grad_(False)
     gradient = torch.ones_like(module.head.weight)
     module.head.weight.grad = gradient
-    before, data = base(module), module.head.weight.data_ptr()
+    before, data = base_of(module), module.head.weight.data_ptr()
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     assert is_adapter_only(tmp_path / "after.ckpt")
-    assert equal(module.state_dict(), before)
+    assert same(module.state_dict(), before)
     assert module.head.weight.data_ptr() == data
     assert module.head.weight.grad is gradient
     assert not module.backbone[0].weight.requires_grad

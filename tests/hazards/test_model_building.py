@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_lora import TargetNotFoundError, UnsupportedSetupError
 from tests.conftest import WIDTH, TinyModule, make_loader
-from tests.hazards.runs import adapters, base, equal, fit, is_adapter_only, lora, metric, read, trained
+from tests.hazards.runs import fit, is_adapter_only, lora, metric, trained
+from tests.states import adapters_of, base_of, read, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
 
@@ -54,7 +55,7 @@ def test_a_lazily_built_model_trains_adapters_only(make_trainer: Any, tmp_path: 
     reference = cls()
     make_trainer().validate(reference, make_loader(), verbose=False)
     assert trained(module)
-    assert equal(base(module), reference.state_dict())
+    assert same(base_of(module), reference.state_dict())
     assert is_adapter_only(saver.best_model_path)
     score = metric(trainer.test(module, make_loader(), verbose=False))
     tester = make_trainer(callbacks=[lora()])
@@ -107,7 +108,7 @@ def test_a_module_without_an_optimizer_goes_on_as_lightning_lets_it(make_trainer
 
     module = Without()
     fit(make_trainer(callbacks=[lora()]), module)
-    assert adapters(module)
+    assert adapters_of(module)
     assert not trained(module)
 
 

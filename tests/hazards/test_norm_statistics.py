@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_lora import BaseMismatchError, LoRAConfig, inject_adapters, load_from_checkpoint, remove_adapters
 from tests.conftest import WIDTH, TinyModule, make_loader
-from tests.hazards.runs import adapters, base, equal, fit, is_adapter_only, lora, metric, read, trained
+from tests.hazards.runs import fit, is_adapter_only, lora, metric, trained
+from tests.states import adapters_of, base_of, read, same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
@@ -49,11 +50,11 @@ def test_frozen_statistics_do_not_move_and_the_best_file_scores_as_in_the_run(
     make_trainer: Any, tmp_path: Path, kind: str, switching: bool
 ) -> None:
     module, saver = with_norm(kind, switching=switching), ModelCheckpoint(dirpath=tmp_path, monitor="val_loss")
-    before = base(module)
+    before = base_of(module)
     trainer = make_trainer(max_epochs=2, enable_checkpointing=True, callbacks=[lora(), saver])
     fit(trainer, module)
     assert trained(module)
-    assert equal(base(module), before)
+    assert same(base_of(module), before)
     assert is_adapter_only(saver.best_model_path)
     tester = make_trainer(callbacks=[lora()])
     found = metric(tester.validate(with_norm(kind), make_loader(), ckpt_path=saver.best_model_path, verbose=False))
@@ -71,11 +72,11 @@ def test_norm_layers_that_are_exchanged_after_the_injection_are_frozen_too(make_
             self.train()
 
     module = Exchanging()
-    before = base(module)
+    before = base_of(module)
     fit(make_trainer(max_epochs=2, callbacks=[lora()]), module)
     assert isinstance(module.backbone[1], nn.SyncBatchNorm)
     assert trained(module)
-    assert equal(base(module), before)
+    assert same(base_of(module), before)
 
 
 def test_a_norm_layer_trained_in_full_moves_and_is_saved_with_its_statistics(make_trainer: Any, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_a_batch_norm_without_running_statistics_stays_as_it_is(make_trainer: An
     module = Stateless()
     fit(make_trainer(callbacks=[lora()]), module)
     assert type(module.backbone[1]) is nn.BatchNorm1d
-    assert adapters(module)
+    assert adapters_of(module)
 
 
 def test_after_a_merge_norm_layers_are_what_they_were(make_trainer: Any) -> None:
@@ -128,7 +129,7 @@ def test_statistics_that_bf16_true_only_rounds_are_neither_saved_nor_loaded(make
     trainer.save_checkpoint(path)
     assert module.backbone[1].running_mean.dtype == torch.bfloat16
     assert is_adapter_only(path)
-    assert equal(base(load_from_checkpoint(WithMeasuredNorm, path)), WithMeasuredNorm().state_dict())
+    assert same(base_of(load_from_checkpoint(WithMeasuredNorm, path)), WithMeasuredNorm().state_dict())
 
 
 def test_a_base_with_other_statistics_is_another_base(make_trainer: Any, tmp_path: Path) -> None:
@@ -149,4 +150,4 @@ def test_statistics_loaded_after_the_injection_stay_those_of_the_base(make_train
     module.load_state_dict({**module.state_dict(), **WithMeasuredNorm().state_dict()})
     make_trainer(callbacks=[lora()]).test(module, make_loader(), ckpt_path=tmp_path / "x.ckpt", verbose=False)
     remove_adapters(module)
-    assert equal(module.state_dict(), WithMeasuredNorm().state_dict())
+    assert same(module.state_dict(), WithMeasuredNorm().state_dict())

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightning_lora import UnsupportedSetupError, load_from_checkpoint
 from tests.conftest import TinyModule, make_loader
-from tests.hazards.runs import adapters, base, equal, fit, is_adapter_only, lora, metric, read, trained
+from tests.hazards.runs import fit, is_adapter_only, lora, metric, trained
+from tests.states import adapters_of, base_of, read, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
 
@@ -61,8 +62,8 @@ def test_adapters_train_in_fp32_or_wider_over_a_base_of_any_precision(
     module, path, _ = run(make_trainer, tmp_path, precision, 2, cls=cls)
     dtype, adapter_dtype = DTYPES[precision]
     assert trained(module)
-    assert {value.dtype for value in adapters(module).values()} == {adapter_dtype}
-    assert {value.dtype for value in base(module).values()} == {dtype}
+    assert {value.dtype for value in adapters_of(module).values()} == {adapter_dtype}
+    assert {value.dtype for value in base_of(module).values()} == {dtype}
     assert {value.dtype for value in read(path)["state_dict"].values()} == {adapter_dtype}
     assert is_adapter_only(path)
 
@@ -71,7 +72,7 @@ def test_adapters_train_in_fp32_or_wider_over_a_base_of_any_precision(
 def test_the_base_is_cast_and_otherwise_bitwise_what_it_was(make_trainer: Any, tmp_path: Path, precision: str) -> None:
     module, _, _ = run(make_trainer, tmp_path, precision, 2)
     expected = {key: value.to(DTYPES[precision][0]) for key, value in TinyModule().state_dict().items()}
-    assert equal(base(module), expected)
+    assert same(base_of(module), expected)
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -79,7 +80,7 @@ def test_an_adapter_of_every_precision_resumes_bitwise(make_trainer: Any, tmp_pa
     whole, _, _ = run(make_trainer, tmp_path / "whole", precision, 3)
     _, first, _ = run(make_trainer, tmp_path / "parts", precision, 1)
     resumed, _, _ = run(make_trainer, tmp_path / "parts", precision, 3, first)
-    assert equal(resumed.state_dict(), whole.state_dict())
+    assert same(resumed.state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -97,7 +98,7 @@ def test_a_file_scores_the_same_in_a_new_module_in_the_same_precision(
 def test_a_file_of_every_precision_opens_in_a_plain_module(make_trainer: Any, tmp_path: Path, precision: str) -> None:
     module, path, _ = run(make_trainer, tmp_path, precision, 1)
     twin = load_from_checkpoint(Casting, path)
-    assert all(torch.equal(twin.state_dict()[key], value) for key, value in adapters(module).items())
+    assert all(torch.equal(twin.state_dict()[key], value) for key, value in adapters_of(module).items())
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
@@ -158,8 +159,8 @@ def test_a_base_cast_by_the_user_resumes(make_trainer: Any, tmp_path: Path) -> N
     whole, _, _ = run(make_trainer, tmp_path / "whole", "32-true", 2, cls=Half)
     _, first, _ = run(make_trainer, tmp_path / "parts", "32-true", 1, cls=Half)
     resumed, _, _ = run(make_trainer, tmp_path / "parts", "32-true", 2, first, cls=Half)
-    assert equal(resumed.state_dict(), whole.state_dict())
-    assert {value.dtype for value in adapters(resumed).values()} == {torch.float32}
+    assert same(resumed.state_dict(), whole.state_dict())
+    assert {value.dtype for value in adapters_of(resumed).values()} == {torch.float32}
 
 
 def test_the_bitsandbytes_precision_plugin_is_refused(make_trainer: Any) -> None:

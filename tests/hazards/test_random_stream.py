@@ -10,7 +10,8 @@ import torch
 
 from lightning_lora import LoRAConfig, inject_adapters
 from tests.conftest import TinyModule, make_loader
-from tests.hazards.runs import adapters, equal, fit, lora
+from tests.hazards.runs import fit, lora
+from tests.states import adapters_of, same
 
 
 def draws() -> list[float]:
@@ -60,8 +61,8 @@ def test_the_start_does_not_depend_on_the_global_seed(make_trainer: Any) -> None
         torch.manual_seed(number)
         module = TinyModule()
         fit(make_trainer(max_epochs=0, callbacks=[lora()]), module)
-        found.append(adapters(module))
-    assert equal(*found)
+        found.append(adapters_of(module))
+    assert same(*found)
 
 
 def test_the_start_depends_on_the_seed_of_the_config() -> None:
@@ -69,5 +70,5 @@ def test_the_start_depends_on_the_seed_of_the_config() -> None:
     for number in (0, 1):
         module = TinyModule()
         inject_adapters(module, LoRAConfig(rank=2, seed=number))
-        found.append(adapters(module))
-    assert not equal(*found)
+        found.append(adapters_of(module))
+    assert not same(*found)

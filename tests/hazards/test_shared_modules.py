@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
 from tests.conftest import WIDTH, TinyModule, make_loader
-from tests.hazards.runs import adapters, base, equal, fit, is_adapter_only, lora, metric, read, trained
+from tests.hazards.runs import fit, is_adapter_only, lora, metric, trained
+from tests.states import adapters_of, base_of, read, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
 
@@ -84,30 +85,30 @@ def test_a_shared_module_is_saved_under_both_names_and_resumes_bitwise(make_trai
     assert {key.partition(".adapters")[0] for key in read(path)["state_dict"]} == {"blocks.0.0", "blocks.1.0"}
     resumed = Shared()
     fit(make_trainer(max_epochs=2, callbacks=[lora()]), resumed, ckpt_path=path)
-    assert equal(resumed.state_dict(), whole.state_dict())
+    assert same(resumed.state_dict(), whole.state_dict())
 
 
 def test_a_shared_module_merges_and_unmerges_as_one() -> None:
     net = Shared()
-    original = base(net)
+    original = base_of(net)
     inject_adapters(net, LoRAConfig(rank=2))
     nn.init.normal_(net.blocks[0][0].adapters["default"].lora_B)
     x = torch.randn(3, WIDTH)
-    adapted, live = net(x), adapters(net)
+    adapted, live = net(x), adapters_of(net)
     assert len(merge_adapters(net).layers) == 1
     torch.testing.assert_close(net(x), adapted)
     assert net.blocks[0] is net.blocks[1]
     unmerge_adapters(net)
-    assert equal(adapters(net), live)
+    assert same(adapters_of(net), live)
     remove_adapters(net)
-    assert equal(net.state_dict(), original)
+    assert same(net.state_dict(), original)
 
 
 def test_a_merged_shared_module_has_both_keys_in_its_file(make_trainer: Any, tmp_path: Path) -> None:
     module, callback = Shared(), lora(merge=True)
     fit(make_trainer(callbacks=[callback]), module)
     again = Shared.load_from_checkpoint(Path(callback.merge_report.folder) / "merged.ckpt")
-    assert equal(again.state_dict(), module.state_dict())
+    assert same(again.state_dict(), module.state_dict())
 
 
 @pytest.mark.parametrize("name", ["head", "tail"])

@@ -19,7 +19,8 @@ from lightning.pytorch.strategies import (
 from lightning_lora import LoRACallback, UnsupportedSetupError
 from lightning_lora.guards import check_trainer
 from tests.conftest import TinyModule
-from tests.hazards.runs import adapters, fit, lora
+from tests.hazards.runs import fit, lora
+from tests.states import adapters_of
 
 
 def check(trainer: pl.Trainer, callback: LoRACallback) -> None:
@@ -86,4 +87,4 @@ def test_a_refusal_comes_before_anything_is_adapted(make_trainer: Any) -> None:
     with pytest.raises(UnsupportedSetupError, match="Exotic is not supported"):
         fit(make_trainer(strategy=Exotic(), callbacks=[lora()]), module)
     assert all(p.requires_grad for p in module.parameters())
-    assert not adapters(module)
+    assert not adapters_of(module)

@@ -21,7 +21,8 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, MergeConfig, UnsupportedSetupError
 from tests.conftest import TinyModule, make_loader
-from tests.hazards.runs import adapters, base, equal, fit, is_adapter_only, lora, trained
+from tests.hazards.runs import fit, is_adapter_only, lora, trained
+from tests.states import adapters_of, base_of, same
 
 
 def test_gradient_accumulation_steps_as_one_large_batch_does(make_trainer: Any) -> None:
@@ -29,8 +30,8 @@ def test_gradient_accumulation_steps_as_one_large_batch_does(make_trainer: Any) 
     make_trainer(callbacks=[lora()], accumulate_grad_batches=2).fit(accumulated, make_loader(), make_loader())
     loader = make_loader(batch_size=16)
     make_trainer(callbacks=[lora()]).fit(large, loader, loader)
-    for key, value in adapters(accumulated).items():
-        torch.testing.assert_close(value, adapters(large)[key])
+    for key, value in adapters_of(accumulated).items():
+        torch.testing.assert_close(value, adapters_of(large)[key])
 
 
 def test_gradient_accumulation_scheduler_works_and_resumes(make_trainer: Any, tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_gradient_accumulation_scheduler_works_and_resumes(make_trainer: Any, tm
     whole, _ = run(3, "whole")
     _, first = run(1, "parts")
     resumed, _ = run(3, "parts", first)
-    assert equal(whole.state_dict(), resumed.state_dict())
+    assert same(whole.state_dict(), resumed.state_dict())
 
 
 def test_early_stopping_stops_and_the_best_checkpoint_loads(make_trainer: Any, tmp_path: Path) -> None:
@@ -79,11 +80,11 @@ def test_a_barebones_trainer_trains(capsys: Any) -> None:
 
 def test_no_epoch_at_all_leaves_adapters_at_their_start(make_trainer: Any) -> None:
     module = TinyModule()
-    reference = base(module)
+    reference = base_of(module)
     fit(make_trainer(max_epochs=0, callbacks=[lora()]), module)
-    assert adapters(module)
+    assert adapters_of(module)
     assert not trained(module)
-    assert equal(base(module), reference)
+    assert same(base_of(module), reference)
 
 
 def test_a_callback_that_the_module_configures_itself_works(make_trainer: Any, tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_the_same_callback_listed_twice_is_one_callback(make_trainer: Any) -> No
     callback, module, once = lora(), TinyModule(), TinyModule()
     fit(make_trainer(max_epochs=2, callbacks=[callback, callback]), module)
     fit(make_trainer(max_epochs=2, callbacks=[lora()]), once)
-    assert equal(module.state_dict(), once.state_dict())
+    assert same(module.state_dict(), once.state_dict())
 
 
 def test_the_summary_of_lightning_counts_what_the_report_counts(make_trainer: Any) -> None:
@@ -227,4 +228,4 @@ def test_a_module_that_filters_its_own_state_dict_keeps_its_adapters(make_traine
     fit(make_trainer(enable_checkpointing=True, callbacks=[lora(), saver]), Filtering())
     assert is_adapter_only(saver.best_model_path)
     fit(make_trainer(max_epochs=2, callbacks=[lora()]), part, ckpt_path=saver.best_model_path)
-    assert equal(adapters(part), adapters(whole))
+    assert same(adapters_of(part), adapters_of(whole))

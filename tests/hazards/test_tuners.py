@@ -13,7 +13,8 @@ from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from tests.conftest import TinyModule, make_loader
-from tests.hazards.runs import adapters, base, equal, is_adapter_only, lora, trained
+from tests.hazards.runs import is_adapter_only, lora, trained
+from tests.states import adapters_of, base_of, same
 
 pytestmark = [
     # Lightning's own advice to whoever uses its tuners.
@@ -55,7 +56,7 @@ def finder() -> LearningRateFinder:
 @pytest.mark.parametrize("before", [True, False], ids=["listed before us", "listed after us"])
 def test_learning_rate_finder_changes_the_rate_and_nothing_else(make_trainer: Any, before: bool) -> None:
     module, files = Tunable(), Remembering()
-    frozen = base(module)
+    frozen = base_of(module)
     callbacks = [finder(), lora()] if before else [lora(), finder()]
     make_trainer(max_epochs=2, callbacks=callbacks, plugins=[files]).fit(module)
     reference = Tunable()
@@ -63,8 +64,8 @@ def test_learning_rate_finder_changes_the_rate_and_nothing_else(make_trainer: An
     make_trainer(max_epochs=2, callbacks=[lora()]).fit(reference)
     assert module.lr != 1e-2
     assert trained(module)
-    assert equal(adapters(module), adapters(reference))
-    assert equal(base(module), frozen)
+    assert same(adapters_of(module), adapters_of(reference))
+    assert same(base_of(module), frozen)
     assert files.adapter_only == [True]
 
 
@@ -89,7 +90,7 @@ def test_batch_size_finder_grows_the_batch_and_nothing_else(make_trainer: Any, b
     reference = Tunable()
     reference.batch_size = 4
     make_trainer(max_epochs=2, callbacks=[lora()]).fit(reference)
-    assert equal(adapters(module), adapters(reference))
+    assert same(adapters_of(module), adapters_of(reference))
     assert files.adapter_only == [True]
 
 
@@ -103,7 +104,7 @@ def test_tuner_lr_find_leaves_fresh_adapters_and_a_module_that_fits(make_trainer
     reference = Tunable()
     reference.lr = module.lr
     make_trainer(callbacks=[lora()]).fit(reference)
-    assert equal(adapters(module), adapters(reference))
+    assert same(adapters_of(module), adapters_of(reference))
 
 
 def test_tuner_scale_batch_size_leaves_fresh_adapters_and_a_module_that_fits(make_trainer: Any) -> None:

@@ -9,10 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, LoRAConfig
 
@@ -80,31 +78,6 @@ def lora(**options: Any) -> LoRACallback:
 def best_and_last(folder: Path, **options: Any) -> ModelCheckpoint:
     settings: dict[str, Any] = {"monitor": "val_loss", "save_top_k": -1, "save_last": True, "filename": "{epoch}"}
     return ModelCheckpoint(dirpath=folder, **{**settings, **options})
-
-
-def read(path: Any) -> dict[str, Any]:
-    """A checkpoint, opened as safely as torch can."""
-    loaded: dict[str, Any] = torch.load(path, weights_only=True)
-    return loaded
-
-
-def adapters_of(module: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in module.state_dict().items() if ".adapters." in key}
-
-
-def base_of(module: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in module.state_dict().items() if ".adapters." not in key}
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two nests of plain values and tensors are equal bit by bit."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def silence() -> None:

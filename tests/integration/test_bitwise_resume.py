@@ -25,20 +25,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 
 from lightning_lora import CheckpointError
-from tests.integration.lives import (
-    LIGHTNINGS_ADVICE,
-    Recorder,
-    adapters_of,
-    base_of,
-    best_and_last,
-    lora,
-    quiet_trainer,
-    read,
-    same,
-    silence,
-)
+from tests.integration.lives import LIGHTNINGS_ADVICE, Recorder, best_and_last, lora, quiet_trainer, silence
 from tests.integration.networks import ROWS, STEPS_PER_EPOCH, Eager, loader, rows
 from tests.integration.process import in_new_process
+from tests.states import adapters_of, base_of, read, same
 
 pytestmark = LIGHTNINGS_ADVICE
 

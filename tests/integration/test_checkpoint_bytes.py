@@ -14,17 +14,9 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
 from lightning_lora import MergeConfig
-from tests.integration.lives import (
-    ADAPTERS,
-    LIGHTNINGS_ADVICE,
-    adapters_of,
-    best_and_last,
-    lora,
-    quiet_trainer,
-    read,
-    same,
-)
+from tests.integration.lives import ADAPTERS, LIGHTNINGS_ADVICE, best_and_last, lora, quiet_trainer
 from tests.integration.networks import Eager, loader
+from tests.states import adapters_of, read, same
 
 pytestmark = LIGHTNINGS_ADVICE
 

@@ -15,20 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 
 from lightning_lora import UnsupportedSetupError
-from tests.integration.lives import (
-    ADAPTERS,
-    LIGHTNINGS_ADVICE,
-    adapters_of,
-    base_of,
-    best_and_last,
-    lora,
-    quiet_trainer,
-    read,
-    same,
-    silence,
-)
+from tests.integration.lives import ADAPTERS, LIGHTNINGS_ADVICE, best_and_last, lora, quiet_trainer, silence
 from tests.integration.networks import BUILDS, STEPS_PER_EPOCH, Regression, loader, vanilla_state
 from tests.integration.process import in_new_process
+from tests.states import adapters_of, base_of, read, same
 
 OPTIMIZERS = ("all", "filtered", "groups")
 pytestmark = LIGHTNINGS_ADVICE

@@ -19,20 +19,10 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_lora import LoRACallback, MergeConfig, MergeError, UnsupportedSetupError, unmerge_adapters
-from tests.integration.lives import (
-    ADAPTERS,
-    LIGHTNINGS_ADVICE,
-    Recorder,
-    adapters_of,
-    base_of,
-    best_and_last,
-    lora,
-    quiet_trainer,
-    read,
-    same,
-)
+from tests.integration.lives import ADAPTERS, LIGHTNINGS_ADVICE, Recorder, best_and_last, lora, quiet_trainer
 from tests.integration.networks import STEPS_PER_EPOCH, Eager, loader, vanilla_state
 from tests.integration.process import ROOT
+from tests.states import adapters_of, base_of, read, same
 
 pytestmark = LIGHTNINGS_ADVICE
 

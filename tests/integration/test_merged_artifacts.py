@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lightning_lora import LoRACallback, MergeConfig
 from tests.integration.language import Language, token_loader
-from tests.integration.lives import LIGHTNINGS_ADVICE, best_and_last, lora, quiet_trainer, same
+from tests.integration.lives import LIGHTNINGS_ADVICE, best_and_last, lora, quiet_trainer
 from tests.integration.networks import Eager, loader
 from tests.integration.process import in_new_process
 from tests.integration.vanilla import open_artifacts, outputs
+from tests.states import same
 
 pytest.importorskip("transformers")
 pytestmark = LIGHTNINGS_ADVICE

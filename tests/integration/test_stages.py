@@ -14,18 +14,9 @@ import torchmetrics
 from torch import Tensor
 
 from lightning_lora import load_from_checkpoint
-from tests.integration.lives import (
-    ADAPTERS,
-    LIGHTNINGS_ADVICE,
-    adapters_of,
-    base_of,
-    best_and_last,
-    lora,
-    quiet_trainer,
-    read,
-    same,
-)
+from tests.integration.lives import ADAPTERS, LIGHTNINGS_ADVICE, best_and_last, lora, quiet_trainer
 from tests.integration.networks import BUILDS, STEPS_PER_EPOCH, Eager, Regression, loader, vanilla_state
+from tests.states import adapters_of, base_of, read, same
 
 pytestmark = LIGHTNINGS_ADVICE
 

@@ -119,7 +119,12 @@ URGENCIES = {  # house urgency -> how customers word it; many messages say nothi
         it is an emergency|every hour costs us money|the whole plant is down|top priority please|
         call back immediately|we can't wait|asap please|help needed right now|
         the line is stopped because of this|this is critical|send somebody straight away|
-        please hurry, customers are waiting""",
+        please hurry, customers are waiting|we need a technician today|come as fast as you can|
+        we are losing money by the hour|the shift is standing idle|drop everything please|
+        we cannot work at all until it is solved|at the earliest possible moment|today please, not tomorrow|
+        it must be solved within the hour|nothing runs here any more|please react at once|
+        an engineer is needed on the spot|it has the highest priority|everything here is at a halt|
+        we can't do anything without it|send a fitter this very day""",
         "act now please|very urgent matter",
         """this is very urgent, please hurry|we need help immediately|production has stopped because of this|
         please treat this as an emergency|someone has to come today|we need this right away""",
@@ -130,7 +135,12 @@ URGENCIES = {  # house urgency -> how customers word it; many messages say nothi
         we can work around it for a couple of days|by Thursday please|we can hold out for two or three days|
         it has to be done by the end of the week|please get to it before Monday|let's solve it this week|
         we need it within five days|tomorrow or the day after would do|early next week at the latest|
-        please plan it for the coming days""",
+        please plan it for the coming days|some day this week|not today, but this week|
+        we can do without it for a few days|please come on Tuesday or Wednesday|until Saturday at the latest|
+        in two days would be perfect|it should not take longer than a week|before next week|
+        we get by for the moment, but not for long|a visit on Friday would suit us|within three working days|
+        soon, but it need not be today|by the weekend please|over the next days would help us|
+        we have a spare one for three days|it must be fixed this week""",
         "by Wednesday would be great|we can bridge some days",
         """please sort it out this week|in the next couple of days please|we can cope until the weekend|
         it ought to be done before Friday|we need it by the end of this week|
@@ -141,7 +151,11 @@ URGENCIES = {  # house urgency -> how customers word it; many messages say nothi
         it can wait|no hurry from our side|when you are in the area|some time next month is ok|
         just so you know|there is no time pressure|it is a minor thing|low priority|
         do it with the yearly service|any time is fine|no need to hurry|please look at it when you pass by|
-        please put it on the list for the yearly check|please leave it until your next round""",
+        please put it on the list for the yearly check|please leave it until your next round|
+        there is plenty of time|it is not important|we are in no hurry|some day when it fits|
+        it can be done next quarter|put it at the end of your list|it does not bother us much|
+        only for your information|nothing urgent|we can live with it for now|no deadline from us|
+        next year would do, too|together with the next inspection""",
         "it is not pressing|at your convenience",
         """there is no hurry at all|this is not urgent for us|whenever you have time|
         it can wait until next month|please do it at the next service|there is no rush on this""",
