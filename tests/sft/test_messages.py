@@ -77,7 +77,7 @@ def test_every_ticket_has_the_six_keys_and_house_terms_only(split):
         assert list(ticket) == KEYS
         assert ticket["line"] in vocabulary.MACHINES
         assert ticket["topic"] in vocabulary.TOPICS
-        assert ticket["urgency"] in {*vocabulary.URGENCIES, None}
+        assert ticket["urgency"] in vocabulary.URGENCIES
         assert all(re.fullmatch(r"[A-Z]{2}-\d{4}", unit) for unit in ticket["units"])
 
 

@@ -9,7 +9,7 @@ the same order every time::
 The rules of the house, which a model has to learn from the examples alone:
 
 * ``topic``: outage stands still, leak, noise, gauge measures wrongly, delivery, billing.
-* ``urgency``: now at once, week within days, later no hurry, ``null`` where nothing is said.
+* ``urgency``: now at once, week within days, later no hurry, and later too where nothing is said.
 * ``line``: AQUA pumps, AERO compressors, CRYO cooling, PYRO heating.
 * ``units``: every serial in the order named, written ``KX-4821`` however the customer wrote it; ``[]`` where
   there is none.
@@ -44,7 +44,7 @@ class Ticket:
     """What the company wants to know about a message, in its own terms."""
 
     topic: str
-    urgency: str | None
+    urgency: str
     line: str
     units: tuple[str, ...]
     site: str | None
@@ -91,7 +91,7 @@ def _draw_ticket(rng: random.Random, split: str) -> tuple[Ticket, str]:
         units=tuple(serial(rng, split) for _ in range(rng.choices((0, 1, 2, 3), weights=(20, 50, 20, 10))[0])),
         line=line,
         topic=rng.choice(list(TOPICS)),
-        urgency=rng.choice((*URGENCIES, None)),
+        urgency=rng.choice(list(URGENCIES)),
         site=rng.choice(SITES.of(split)) if rng.random() < 0.75 else None,
         contact=person(rng, split) if rng.random() < 0.65 else None,
     )
@@ -133,7 +133,7 @@ def _body(rng: random.Random, split: str, ticket: Ticket) -> list[str]:
             problem = f"{problem}, {which}"
         else:
             others.append(which)
-    if ticket.urgency is not None:
+    if ticket.urgency != "later" or rng.random() < 0.65:  # what isn't urgent often goes without saying
         others.append(rng.choice(URGENCIES[ticket.urgency].of(split)))
     if rng.random() < 0.35:
         others.append(rng.choice(ASIDES.of(split)))

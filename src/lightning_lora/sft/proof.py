@@ -23,7 +23,7 @@ def find_model_folder(merged: Path) -> Path | None:
 
 
 def compare_answers(
-    model_folder: Path, samples: Sequence[dict[str, str]], *, max_new_tokens: int, batch_size: int = 32
+    model_folder: Path, samples: Sequence[dict[str, str]], *, max_new_tokens: int, batch_size: int = 100
 ) -> dict[str, Any]:
     """Let a new process without lightning_lora answer the samples' prompts, and compare.
 

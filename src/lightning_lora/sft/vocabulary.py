@@ -113,7 +113,7 @@ TOPICS = {  # house topic -> how customers say it
     ),
 }
 
-URGENCIES = {  # house urgency -> how customers word it; many messages say nothing about it
+URGENCIES = {  # house urgency -> how customers word it; a message that says nothing about it is for later
     "now": pool(
         """this is urgent|we need someone today|production is standing still|please come at once|
         it is an emergency|every hour costs us money|the whole plant is down|top priority please|
