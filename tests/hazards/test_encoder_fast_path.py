@@ -32,7 +32,10 @@ def encoder(*, nested: bool = True, norm_first: bool = False, activation: str = 
 
 class Encoding(TinyModule):
     def build(self) -> None:
-        self.encoder, self.head = encoder(), nn.Linear(WIDTH, 1)
+        self.encoder = encoder()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.head = nn.Linear(WIDTH, 1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.head(self.encoder(x, src_key_padding_mask=mask).mean(1))
