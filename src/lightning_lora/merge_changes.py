@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.fingerprint import survey
 from lightning_lora.layers import fold, host_of
 from lightning_lora.originals import bits
 from lightning_lora.record import MergedState, Record, find_record
@@ -17,7 +18,7 @@ from lightning_lora.targets.patterns import canonical
 
 def base_sums(module: nn.Module, record: Record) -> dict[str, tuple[torch.dtype, int]]:
     """Dtype and checksum of every parameter of a merged module that no adapter-only file holds."""
-    return {name: (p.dtype, _checksum(p)) for name, p in _base_parameters(module, record).items()}
+    return {name: (p.dtype, _checksum(p)) for name, p in survey(module).base(record).items()}
 
 
 def changed_since_merge(module: nn.Module) -> set[str]:
@@ -29,7 +30,7 @@ def changed_since_merge(module: nn.Module) -> set[str]:
     record = find_record(module)
     assert record is not None
     assert record.merged is not None
-    merged, live = record.merged, _base_parameters(module, record)
+    merged, live = record.merged, survey(module).base(record)
     layers = {weight_of(name): name for name in merged.weights or ()}
     changed = set(live) ^ set(merged.sums)
     for name in set(live) - changed:
@@ -58,12 +59,6 @@ def _is_merge_cast(module: nn.Module, merged: MergedState, name: str, weight: Te
 def weight_of(layer: str) -> str:
     """Canonical name of the weight of the layer called ``layer``."""
     return canonical(f"{layer}.weight" if layer else "weight")
-
-
-def _base_parameters(module: nn.Module, record: Record) -> dict[str, Tensor]:
-    """What no adapter-only file holds: the parameters of a merged module but those trained in full."""
-    named = {canonical(name): parameter for name, parameter in module.named_parameters()}
-    return {name: parameter for name, parameter in named.items() if name not in record.saved}
 
 
 def _checksum(tensor: Tensor) -> int:
