@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from rich.console import Console
 from torch import Tensor
 
@@ -101,6 +103,25 @@ def test_source_best_merges_the_best_and_not_the_last(tmp_path: Path) -> None:
     assert last > 1.5 * best
     artifact = Eager.load_from_checkpoint(tmp_path / "merged" / "merged.ckpt", weights_only=True)
     assert same(artifact.state_dict(), module.state_dict())
+
+
+class SlowDisk(AsyncCheckpointIO):
+    """Writes in the background, and begins late."""
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._ensure_setup()
+        assert self._executor is not None
+        self._executor.submit(time.sleep, 0.5)
+        super().save_checkpoint(*args, **kwargs)
+
+
+def test_the_best_checkpoint_is_waited_for_while_it_is_written_in_the_background(tmp_path: Path) -> None:
+    callback, recorder = lora(merge_on_fit_end=MergeConfig(source="best")), Recorder()
+    trainer = quiet_trainer(tmp_path, callback, best_and_last(tmp_path), plugins=[SlowDisk()], logger=recorder)
+    trainer.fit(Eager(), loader(), loader())
+    assert callback.merge_report is not None
+    assert callback.merge_report.source == "best"
+    assert recorder.of("lora/checkpoint_bytes") == [(tmp_path / "epoch=0.ckpt").stat().st_size]
 
 
 def test_source_best_without_a_monitor_is_refused_before_the_training(tmp_path: Path) -> None:
