@@ -29,16 +29,18 @@ GROUPS = (
         "sample",
         "version",
     ),
-    ("layers", "record"),
+    ("layers", "quantized_layer", "quantization", "kept_weights", "record"),
     ("targets", "lora", "frozen", "fingerprint"),
+    ("quantized_base",),
+    ("gradient_checkpointing",),
     ("injection", "originals"),
-    ("checkpoint", "merge", "merge_changes", "merge_report", "export", "hyperparameters", "optimizers"),
+    ("checkpoint", "merge", "merge_changes", "merge_report", "export", "hyperparameters", "optimizers", "planning"),
     ("averaging", "callback", "fit_end", "guards", "hooks", "load", "random_state", "tracking"),
     ("sft",),
     ("app",),
 )
 # Who may import a package; where it is optional, only inside the function that needs it.
-LIGHTNING = {*GROUPS[5], "sft", "app"}
+LIGHTNING = {*GROUPS[7], "sft", "app"}
 OPTIONAL = {
     "transformers": {"fresh", "export", "merge", "targets", "sft"},
     "hydra": {"app"},
@@ -48,9 +50,9 @@ OPTIONAL = {
     "matplotlib": {"sft"},
     "gguf": {"sft"},
     "peft": set[str](),
-    "bitsandbytes": set[str](),
+    "bitsandbytes": {"quantization"},
 }
-ITS_OWN_DEPENDENCY = {("sft", "transformers"), ("app", "hydra"), ("app", "omegaconf")}
+ITS_OWN_DEPENDENCY = {("quantization", "bitsandbytes"), ("sft", "transformers"), ("app", "hydra"), ("app", "omegaconf")}
 
 
 class Import(NamedTuple):

@@ -9,6 +9,7 @@ from lightning_lora.errors import (
     LightningLoRAError,
     MergeError,
     MissingDependencyError,
+    QuantizationError,
     TargetNotFoundError,
     UnsupportedSetupError,
 )
@@ -17,6 +18,7 @@ from lightning_lora.load import load_from_checkpoint
 from lightning_lora.lora import LoRAConfig
 from lightning_lora.merge import MergeConfig, merge_adapters, unmerge_adapters
 from lightning_lora.merge_report import MergedLayer, MergeReport, OutputDifference
+from lightning_lora.quantization.config import QuantizationConfig
 from lightning_lora.report import InjectionReport, LayerRow
 from lightning_lora.version import __version__ as __version__
 
@@ -36,6 +38,8 @@ __all__ = [
     "MergedLayer",
     "MissingDependencyError",
     "OutputDifference",
+    "QuantizationConfig",
+    "QuantizationError",
     "TargetNotFoundError",
     "UnsupportedSetupError",
     "disable_adapters",

@@ -52,7 +52,8 @@ def strip_base(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         for entry in STATES
         if entry in checkpoint
     }
-    others = {key for state in states.values() for key in state if key not in contents.parameters} - adapters - saved
+    no_buffers = contents.parameters.keys() | contents.codes | adapters | saved
+    others = {key for state in states.values() for key in state if key not in no_buffers}
     changed = {key for key in others for state in states.values() if key in state and _has_changed(key, state, record)}
     kept = adapters | saved | changed
     for entry, state in states.items():
@@ -62,6 +63,7 @@ def strip_base(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         "format": FORMAT,
         "version": __version__,
         "configs": {name: config.to_dict() for name, config in record.configs.items()},
+        "quantization": None if record.quantization is None else record.quantization.to_dict(),
         "layers": {path: _settings_of(layer) for path, layer in layers.items()},
         "active": {path: list(layer.active) for path, layer in layers.items()},
         "adapters": sorted(adapters),
@@ -104,7 +106,7 @@ def complete_base(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> No
     live = {canonical(key): (key, value) for key, value in module.state_dict().items()}
     trained = {canonical(key) for key in (*contents.adapter_keys(), *record.saved)}
     base = {canonical(key): value for key, value in base_buffers(module, record)}
-    others = set(live) - set(contents.parameters) - trained
+    others = set(live) - set(contents.parameters) - contents.codes - trained
     wanted = trained | (others & {*found["buffers"]}) | (others - set(base))
     states = {
         entry: {canonical(key): value for key, value in checkpoint[entry].items()}
@@ -115,6 +117,7 @@ def complete_base(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> No
         _compare_tensors(state, live, wanted)
     layers = _by_first_name(contents)
     _compare_settings(found["layers"], {path: _settings_of(layer) for path, layer in layers.items()})
+    _compare_quantization(found.get("quantization"), record)
     _refuse_other_base(describe_difference(found["base"], fingerprint(contents.base(record))))
     buffers = _buffers_then(found, {key: value for key, value in base.items() if key not in wanted}, record)
     for entry, state in states.items():
@@ -191,6 +194,7 @@ def _broken_parts(found: Mapping[str, Any]) -> list[str]:
         "active": not isinstance(layers, dict) or _are_of_layers(active, layers),
         **{key: _is_names(found.get(key)) for key in ("adapters", "saved", "buffers")},
         **{key: isinstance(found.get(key), dict) and is_fingerprint(found[key]) for key in ("base", "base_buffers")},
+        "quantization": isinstance(found.get("quantization"), (dict, type(None))),
         "optimizers": _is_names(found.get("optimizers", [])),
         "hyper_parameters": isinstance(changes, dict) and all(_is_names(names) for names in changes.values()),
     }
@@ -277,6 +281,26 @@ def _compare_settings(found: Mapping[str, Any], live: Mapping[str, Any]) -> None
             f"[rank, alpha, scaling] of {len(different)} layers differ, such as {layer}: {found.get(layer)} in the "
             f"file and {live[layer]} here. Use the alpha, rank and rank_stabilized it was trained with."
         )
+
+
+def _compare_quantization(found: Mapping[str, Any] | None, record: Record) -> None:
+    live = None if record.quantization is None else record.quantization.to_dict()
+    # In what dtype the products run is no part of the base.
+    formats = [None if form is None else {**form, "compute_dtype": None} for form in (found, live)]
+    if formats[0] != formats[1]:
+        names = [
+            "a dense base" if form is None else f"a base quantized with {_differing(form, other)}"
+            for form, other in (formats, formats[::-1])
+        ]
+        raise BaseMismatchError(
+            f"The adapters in this checkpoint were trained on {names[0]}, and here is {names[1]}: they would correct "
+            "errors that this base does not have. Use the same quantization=QuantizationConfig(...), or none."
+        )
+
+
+def _differing(form: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
+    shown = {key: value for key, value in form.items() if other is None or other.get(key) != value}
+    return ", ".join(f"{key}={value!r}" for key, value in shown.items() if value not in (None, []))
 
 
 def _some(names: list[str], count: int = 3) -> str:

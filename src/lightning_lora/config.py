@@ -49,11 +49,11 @@ class AdapterConfig(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._set("target_modules", _patterns("target_modules", self.target_modules))
+        self._set("target_modules", as_patterns("target_modules", self.target_modules))
         if not self.target_modules:
             raise ValueError('target_modules is empty: name at least one layer, or use a preset such as "all-linear".')
-        self._set("exclude_modules", _patterns("exclude_modules", self.exclude_modules))
-        self._set("modules_to_save", _patterns("modules_to_save", self.modules_to_save))
+        self._set("exclude_modules", as_patterns("exclude_modules", self.exclude_modules))
+        self._set("modules_to_save", as_patterns("modules_to_save", self.modules_to_save))
         self._set("layers", _layer_selection(self.layers))
         check_rank("rank", self.rank)
         self._set("alpha", check_alpha("alpha", self.alpha))
@@ -93,7 +93,7 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def _patterns(field: str, value: Any) -> str | tuple[str, ...]:
+def as_patterns(field: str, value: Any) -> str | tuple[str, ...]:
     """Normalise a pattern or a sequence of patterns (OmegaConf lists too) to a tuple of strings."""
     if isinstance(value, str):
         value = (value,)
@@ -122,7 +122,7 @@ def _by_pattern(field: str, value: Any, check: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{field} must map patterns to values, got {value!r}.")
     for pattern in value:
-        _patterns(f"keys of {field}", pattern)
+        as_patterns(f"keys of {field}", pattern)
     return {pattern: check(f"{field}[{pattern!r}]", item) for pattern, item in value.items()}
 
 

@@ -8,6 +8,7 @@ fits, so ``except RuntimeError`` of existing code keeps working::
     ├── CheckpointError (RuntimeError)          a file that cannot be read, or is no adapter checkpoint
     ├── AdapterMismatchError (RuntimeError)     adapters of a file and of the module differ
     │   └── BaseMismatchError                   the file was trained on another base
+    ├── QuantizationError (RuntimeError)        a base that cannot be stored in 4 or 8 bits, or no longer is rightly
     ├── MergeError (RuntimeError)               a merge that would not be right
     ├── UnsupportedSetupError (RuntimeError)    a Trainer, module or callback arrangement that would be silently wrong
     └── MissingDependencyError (ImportError)    an optional package is needed
@@ -36,6 +37,10 @@ class AdapterMismatchError(LightningLoRAError, RuntimeError):
 
 class BaseMismatchError(AdapterMismatchError):
     """The adapters in a file were trained on another base than the module's."""
+
+
+class QuantizationError(LightningLoRAError, RuntimeError):
+    """A base that cannot be stored in 4 or 8 bits, or whose codes are not what they were."""
 
 
 class MergeError(LightningLoRAError, RuntimeError):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import AdaptedLayer
+from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.record import Record
 from lightning_lora.targets.patterns import canonical
 
@@ -51,11 +52,14 @@ class Contents:
 
     Attributes:
         layers: Prefix of its keys, such as ``"net.0."`` -> adapted layer, under every name of a shared one.
-        parameters: Canonical name -> parameter, under every name of a shared one; without those of adapters.
+        parameters: Canonical name -> parameter, under every name of a shared one; without those of adapters, with
+            the scales of quantized layers.
+        codes: State-dict keys of quantized layers that are no parameters, canonical.
     """
 
     layers: dict[str, AdaptedLayer] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    codes: set[str] = field(default_factory=set)
 
     def adapter_keys(self) -> set[str]:
         """State-dict keys of all adapter tensors."""
@@ -89,6 +93,9 @@ def survey(module: nn.Module) -> Contents:
         for key, parameter in child._parameters.items():
             if parameter is not None:
                 found.parameters[canonical(prefix + key)] = parameter
+        if isinstance(child, QuantizedLayer):
+            found.parameters |= {canonical(prefix + key): scales for key, scales in child.constants().items()}
+            found.codes |= {canonical(prefix + key) for key in child.code_keys()}
         inside = child._modules
         if isinstance(child, AdaptedLayer):
             found.layers[prefix] = child

@@ -82,7 +82,7 @@ def _prove_by_outputs(
             largest, error = difference(merged, adapted)
             _, effect = difference(adapted, base)
             proof = OutputDifference(max_abs=largest, relative=error / effect if effect else 0.0)
-            eps = rounding(layer.weight.dtype for _, layer in adapted_layers(module))
+            eps = rounding(layer.computed_in for _, layer in adapted_layers(module))
             right = agree(merged, adapted, base, tolerance=config.tolerance, eps=eps)
     if not trainer.strategy.reduce_boolean_decision(right):
         share = "too much" if right or proof is None else f"by {proof.relative:.0%} of what the adapters change"

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_lora.class_swap import SwappedClass, restore_class, swap_class
 from lightning_lora.layers import AdaptedLayer
+from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.targets.patterns import canonical
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -77,7 +78,7 @@ def keep_base_as_is(root: nn.Module, *, saved: Collection[str] = ()) -> list[str
             child.__dict__["_lightning_lora_mode"] = own_mode
             child.training = False
             kept.append(name)
-        elif isinstance(child, _FAST_PATHS) and not isinstance(child, SwappedClass) and _has_adapters(child):
+        elif isinstance(child, _FAST_PATHS) and not isinstance(child, SwappedClass) and _is_changed(child):
             swap_class(child, WithoutFastPath)
     return kept
 
@@ -103,5 +104,5 @@ def _holders(root: nn.Module) -> dict[nn.Module, nn.Module]:
     return {child: holder for holder in root.modules() for child in holder.children()}
 
 
-def _has_adapters(module: nn.Module) -> bool:
-    return any(isinstance(child, AdaptedLayer) for child in module.modules())
+def _is_changed(module: nn.Module) -> bool:
+    return any(isinstance(child, (AdaptedLayer, QuantizedLayer)) for child in module.modules())

@@ -18,10 +18,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_lora.checkpoint import complete_base, strip_base
 from lightning_lora.checkpoint_file import MANIFEST, check_checkpoint, read_checkpoint
-from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import CheckpointError, MergeError
 from lightning_lora.hyperparameters import make_hyperparameters_plain
-from lightning_lora.injection import extend_adapters, withdraw_incomplete
+from lightning_lora.injection import withdraw_incomplete
 from lightning_lora.merge import is_merged, unmerge_for_now
 from lightning_lora.merge_changes import changed_since_merge
 from lightning_lora.patches import is_patched, original, patch, unpatch
@@ -31,9 +30,9 @@ from lightning_lora.record import Record, find_record
 Method = Callable[..., Any] | None
 
 
-def patch_run(trainer: pl.Trainer, module: pl.LightningModule, config: AdapterConfig) -> None:
+def patch_run(trainer: pl.Trainer, module: pl.LightningModule, inject: Callable[..., Any]) -> None:
     """For the time of one run: inject after ``configure_model``, and read checkpoints with errors of our own."""
-    patch(module, "configure_model", _configure_model, config)
+    patch(module, "configure_model", _configure_model, inject)
     patch(trainer.strategy, "load_checkpoint", _load_checkpoint)
 
 
@@ -61,11 +60,11 @@ def save_as_the_module_would(module: pl.LightningModule, checkpoint: dict[str, A
     original(module, "on_save_checkpoint", previous)(checkpoint)
 
 
-def _configure_model(module: pl.LightningModule, previous: Method, config: AdapterConfig) -> None:
+def _configure_model(module: pl.LightningModule, previous: Method, inject: Callable[..., Any]) -> None:
     original(module, "configure_model", previous)()
     if not is_merged(module):
         try:
-            extend_adapters(module, config, strict=True)
+            inject(module, strict=True)
         except Exception:
             withdraw_incomplete(module)
             raise

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
@@ -16,13 +17,19 @@ from lightning_lora.frozen import keep_base_as_is, release_base
 from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters
 from lightning_lora.originals import named_state, note_values, restore_values
 from lightning_lora.patches import unpatch
+from lightning_lora.quantization.config import QuantizationConfig
+from lightning_lora.quantization.conversion import adopt_foreign, release_foreign
+from lightning_lora.quantized_base import describe_quantized, quantize_base
+from lightning_lora.quantized_layer import QuantizedLayer, dense_numel
 from lightning_lora.record import Record, drop_record, find_nested_record, find_record, store_record
 from lightning_lora.report import InjectionReport, LayerRow
 from lightning_lora.targets import Pattern, Selection, select_targets
 from lightning_lora.targets.patterns import canonical
 
 
-def inject_adapters(module: nn.Module, config: AdapterConfig, *, name: str = "default") -> InjectionReport:
+def inject_adapters(
+    module: nn.Module, config: AdapterConfig, *, name: str = "default", quantization: QuantizationConfig | None = None
+) -> InjectionReport:
     """Freeze ``module`` and give the layers that ``config`` means an adapter each, in place.
 
     No existing parameter, buffer, module path or hook changes its name or place, and outputs are bitwise those of the
@@ -35,6 +42,8 @@ def inject_adapters(module: nn.Module, config: AdapterConfig, *, name: str = "de
         name: Name of the adapter. A new name adds an adapter that is the only active one, and the only one that
             trains, in the whole module: layers that it does not target compute what the base does. A name that is
             there already changes nothing about which are active.
+        quantization: Store the frozen linear layers in 4 or 8 bits first. Layers that are so already are adapted as
+            they are.
 
     Returns:
         What was adapted, what was skipped and why, and the counts.
@@ -42,6 +51,7 @@ def inject_adapters(module: nn.Module, config: AdapterConfig, *, name: str = "de
     Raises:
         TargetNotFoundError: If a pattern or preset selects nothing that can be adapted.
         UnsupportedSetupError: If the module cannot be adapted rightly.
+        QuantizationError: If the base can't be quantized, or was quantized and then repacked by bitsandbytes.
         ValueError: If ``name`` is no valid name, or is already there with another config.
 
     Example:
@@ -52,13 +62,19 @@ def inject_adapters(module: nn.Module, config: AdapterConfig, *, name: str = "de
         >>> sorted(key for key in net.state_dict() if "lora" in key)[:2]
         ['0.adapters.default.lora_A', '0.adapters.default.lora_B']
     """
-    report = extend_adapters(module, config, name=name, strict=True)
+    report = extend_adapters(module, config, name=name, quantization=quantization, strict=True)
     assert report is not None
     return report
 
 
 def extend_adapters(
-    module: nn.Module, config: AdapterConfig, *, name: str = "default", strict: bool
+    module: nn.Module,
+    config: AdapterConfig,
+    *,
+    name: str = "default",
+    quantization: QuantizationConfig | None = None,
+    device: torch.device | None = None,
+    strict: bool,
 ) -> InjectionReport | None:
     """:func:`inject_adapters` for a module that may not be complete yet.
 
@@ -66,17 +82,22 @@ def extend_adapters(
         module: Any module.
         config: As in :func:`inject_adapters`.
         name: As in :func:`inject_adapters`.
+        quantization: As in :func:`inject_adapters`.
+        device: Where to quantize; None: where the weights are.
         strict: False adapts what is there already, accepts patterns that match nothing yet, and returns None where
             there is no layer to adapt.
     """
     record = (find_record(module) or Record()).copy()
     _check(module, record, config, name)
     saved_modules, saved = _saved_names(module, config, strict=strict)
-    selection = select_targets(module, config, saved=frozenset(saved_modules), strict=strict)
-    if not selection.targets:
-        return None
-    record.saved = list(dict.fromkeys([*record.saved, *saved]))
     with _all_or_nothing(module):
+        adopt_foreign(module)
+        selection = select_targets(module, config, saved=frozenset(saved_modules), strict=strict)
+        if not selection.targets:
+            return None
+        if quantization is not None:
+            quantize_base(module, record, config, quantization, saved=saved_modules, strict=strict, device=device)
+        record.saved = list(dict.fromkeys([*record.saved, *saved]))
         acts = _attach(module, selection, config, name, is_new=name not in record.configs)
         _freeze(module, record, name if acts else None)
         kept = keep_base_as_is(module, saved=record.saved)
@@ -94,7 +115,7 @@ def remove_adapters(module: nn.Module) -> None:
 
     Modules that were trained in full, and buffers that the training changed, get their values from before the
     training back; what was built anew or loaded since the injection stays. Merged weights stay merged: only what would
-    undo the merge is dropped.
+    undo the merge is dropped. Layers that the injection quantized stay so.
 
     Args:
         module: The module that :func:`inject_adapters` or the callback was given.
@@ -106,6 +127,7 @@ def remove_adapters(module: nn.Module) -> None:
         restore_values(module, record)
         for _, layer in list(adapted_layers(module)):
             detach_adapters(layer)
+        release_foreign(module)
     thaw(module, record)
     for attribute in record.patched:
         patched = module.__dict__.get(attribute)
@@ -124,8 +146,9 @@ def withdraw_incomplete(module: nn.Module) -> None:
 def thaw(module: nn.Module, record: Record) -> None:
     """Give every parameter and norm layer of the base back the flags that it had before the injection."""
     release_base(module)
+    codes = {id(child.weight) for child in module.modules() if isinstance(child, QuantizedLayer)}
     for key, parameter in module.named_parameters():
-        if canonical(key) in record.was_trainable:
+        if canonical(key) in record.was_trainable and id(parameter) not in codes:
             parameter.requires_grad_(True)
         elif canonical(key) in record.was_frozen:
             parameter.requires_grad_(False)
@@ -228,6 +251,7 @@ def _all_or_nothing(module: nn.Module) -> Iterator[None]:
                 detach_adapters(layer)
         if find_record(module) is None:
             release_base(module)
+            release_foreign(module)
         for parameter, requires_grad, grad in flags:
             parameter.requires_grad_(requires_grad).grad = grad
         raise
@@ -283,12 +307,13 @@ def _report(
     notes = []
     if kept_norms:
         notes.append(f"{len(kept_norms)} norm layers keep their running statistics (they stay in eval mode)")
+    notes += describe_quantized(module)
     return InjectionReport(
         adapter=name,
         kind=kind,
         layers=rows,
         trainable_parameters=sum(p.numel() for p in parameters.values() if p.requires_grad),
-        total_parameters=sum(p.numel() for p in parameters.values()),
+        total_parameters=sum(map(dense_numel, parameters.values())),
         saved={key: parameters[key].numel() for key in record.saved if key in parameters},
         skipped=dict(selection.skipped),
         notes=tuple(notes),
@@ -298,7 +323,7 @@ def _report(
 def _row(path: str, layer: AdaptedLayer, name: str) -> LayerRow:
     adapter = layer.adapter(name)
     trainable = sum(parameter.numel() for parameter in adapter.parameters())
-    own = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+    own = sum(dense_numel(parameter) for parameter in layer.parameters(recurse=False))
     return LayerRow(
         name=path,
         type=type(layer).__bases__[1].__name__,

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.class_swap import SwappedClass, original_class, restore_class, swap_class
+from lightning_lora.quantized_layer import QuantizedLayer
 
 
 class AdaptedLayer(SwappedClass):
@@ -40,6 +41,16 @@ class AdaptedLayer(SwappedClass):
     def matrix_shape(self) -> tuple[int, int]:
         """``(out_features, in_features)`` of the weight as a matrix."""
         return cast("tuple[int, int]", tuple(self.weight_matrix().shape))
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the dense weight: the one that :meth:`weight_matrix` has, and a merged weight gets."""
+        return self.weight.dtype
+
+    @property
+    def computed_in(self) -> torch.dtype:
+        """Dtype that a product with the weight is rounded to at the most, outside of autocast."""
+        return self.weight_dtype
 
     def weight_matrix(self) -> Tensor:
         """The weight as ``(out_features, in_features)``: a view in the base's own dtype, never a copy."""
@@ -67,7 +78,7 @@ class AdaptedLayer(SwappedClass):
     def has_own_forward(self) -> bool:
         """Whether the layer's class computes something of its own, which need not be linear in the weight."""
         definer = next(cls for cls in original_class(self).__mro__ if "forward" in vars(cls))
-        return definer is not nn.Linear and not _is_conv1d(definer)
+        return definer is not nn.Linear and not _is_conv1d(definer) and not issubclass(definer, QuantizedLayer)
 
     def probe(self) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs for a small random input: with live adapters, with a merged weight, and of the base alone.
@@ -113,6 +124,34 @@ class AdaptedConv1D(AdaptedLayer):
         return matrix.t().contiguous()
 
 
+class AdaptedQuantized(AdaptedLayer):
+    """A layer in 4 or 8 bits: its weight is what the codes stand for."""
+
+    @property
+    @override
+    def matrix_shape(self) -> tuple[int, int]:
+        return self._layer.out_features, self._layer.in_features
+
+    @property
+    @override
+    def weight_dtype(self) -> torch.dtype:
+        return self._layer.dense_dtype
+
+    @property
+    @override
+    def computed_in(self) -> torch.dtype:
+        return self._layer.compute_dtype or self._layer.dense_dtype
+
+    @override
+    def weight_matrix(self) -> Tensor:
+        """The weight as ``(out_features, in_features)``, dequantized into a new tensor, in at least fp32."""
+        return self._layer.dequantize(torch.promote_types(torch.float32, self._layer.dense_dtype))
+
+    @property
+    def _layer(self) -> QuantizedLayer:
+        return cast(QuantizedLayer, self)
+
+
 @torch.no_grad()
 def fold(matrix: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """A weight ``(out_features, in_features)`` with adapters folded in, in order, in at least fp32."""
@@ -136,6 +175,8 @@ def host_of(module: nn.Module) -> type[AdaptedLayer] | None:
     transformers is not imported to recognise its class.
     """
     cls = original_class(module)
+    if issubclass(cls, QuantizedLayer):
+        return AdaptedQuantized
     if issubclass(cls, nn.Linear):
         return AdaptedLinear
     return AdaptedConv1D if any(map(_is_conv1d, cls.__mro__)) else None

@@ -15,6 +15,7 @@ from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import AdapterMismatchError, CheckpointError
 from lightning_lora.injection import inject_adapters
 from lightning_lora.lora import LoRAConfig
+from lightning_lora.quantization.config import QuantizationConfig, as_quantization_config
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 KINDS: dict[str, type[AdapterConfig]] = {"lora": LoRAConfig}
@@ -62,9 +63,19 @@ def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
         raise CheckpointError(f"The adapter config in the file is damaged: {error}") from None
 
 
-def _inject(module: pl.LightningModule, config: AdapterConfig, name: Any) -> None:
+def quantization_from_dict(values: dict[str, Any] | None) -> QuantizationConfig | None:
+    """The config that :meth:`~lightning_lora.QuantizationConfig.to_dict` wrote down."""
     try:
-        inject_adapters(module, config, name=str(name))
+        return as_quantization_config(values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"The quantization config in the file is damaged: {error}") from None
+
+
+def _inject(
+    module: pl.LightningModule, config: AdapterConfig, name: Any, quantization: QuantizationConfig | None
+) -> None:
+    try:
+        inject_adapters(module, config, name=str(name), quantization=quantization)
     except ValueError as error:
         raise AdapterMismatchError(
             f"The adapters in this checkpoint do not fit {type(module).__name__}: {error}"
@@ -78,8 +89,9 @@ def _injecting(module_class: type[pl.LightningModule], manifest: dict[str, Any])
     inherited = module_class.on_load_checkpoint
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        quantization = quantization_from_dict(manifest.get("quantization"))
         for name, config in manifest["configs"].items():
-            _inject(self, config_from_dict(config), name)
+            _inject(self, config_from_dict(config), name, quantization)
         complete_base(self, checkpoint)
         inherited(self, checkpoint)
 

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from lightning_lora.errors import MergeError
 from lightning_lora.frozen import keep_base_as_is
 from lightning_lora.injection import thaw
+from lightning_lora.kept_weights import exchange, put_back, replace_weight
 from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters
 from lightning_lora.merge_changes import base_sums, changed_since_merge, weight_of
 from lightning_lora.merge_report import MergeReport, Norms
+from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.record import MergedState, Record, find_record
 from lightning_lora.sample import agree, rounding
 from lightning_lora.targets.patterns import canonical
@@ -81,7 +83,7 @@ def merged_matrices(
     """
     for name, layer in list(adapted_layers(module)):
         update = layer.weight_update()
-        stored = (layer.weight_matrix().detach().to(update.dtype) + update).to(dtype or layer.weight.dtype)
+        stored = (layer.weight_matrix().detach().to(update.dtype) + update).to(dtype or layer.weight_dtype)
         if not torch.isfinite(stored).all():
             raise MergeError(
                 f"The merged weight of {name!r} is not finite: its adapter diverged, or overflows {stored.dtype}. "
@@ -165,10 +167,9 @@ def merge_adapters(module: nn.Module, config: MergeConfig | None = None) -> Merg
     merged = MergedState()
     assert merged.weights is not None
     for name, layer, stored in merged_matrices(module):
-        merged.weights[name] = layer.weight.data
         merged.active[name] = layer.active
-        layer.weight.data = layer.as_weight(stored)
         merged.adapters[name] = detach_adapters(layer)
+        merged.weights[name] = replace_weight(layer, stored)
     thaw(module, record)
     merged.sums = base_sums(module, record)
     record.merged = merged
@@ -207,17 +208,20 @@ def unmerge_for_now(module: nn.Module) -> Callable[[], None]:
     merged = None if record is None else record.merged
     weights = {} if merged is None or merged.weights is None else merged.weights
     layers = {canonical(name): child for name, child in module.named_modules()}
-    stored = {name: layers[canonical(name)].weight.data for name in weights if canonical(name) in layers}
+    parameters = {name: layers[canonical(name)].weight for name in weights if canonical(name) in layers}
+    stored = {name: (parameter, parameter.data) for name, parameter in parameters.items()}
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
     unmerge_adapters(module)
 
     def merge_again() -> None:
         assert record is not None
-        for name, weight in stored.items():
+        for name, (parameter, weight) in stored.items():
             layer = layers[canonical(name)]
             assert isinstance(layer, AdaptedLayer)
-            layer.weight.data = weight
             detach_adapters(layer)
+            if isinstance(layer, QuantizedLayer):
+                exchange(layer, parameter)
+            parameter.data = weight
         thaw(module, record)
         for parameter, requires_grad, grad in flags:
             parameter.requires_grad_(requires_grad)
@@ -230,9 +234,9 @@ def unmerge_for_now(module: nn.Module) -> Callable[[], None]:
 def _unfold(module: nn.Module, record: Record, merged: MergedState) -> None:
     assert merged.weights is not None
     layers = {canonical(name): child for name, child in module.named_modules()}
-    for name, weight in merged.weights.items():
+    for name, kept in merged.weights.items():
+        put_back(layers[canonical(name)], kept)
         layer = attach_adapter(layers[canonical(name)], next(iter(merged.adapters[name])))
-        layer.weight.data = weight.to(device=layer.weight.device, dtype=layer.weight.dtype)
         layer.adapters = merged.adapters[name].to(layer.weight.device).train(layer.training)
         layer.active = merged.active[name]
     record.merged = None

@@ -46,14 +46,14 @@ def changed_since_merge(module: nn.Module) -> set[str]:
 
 def _is_merge_cast(module: nn.Module, merged: MergedState, name: str, weight: Tensor) -> bool:
     assert merged.weights is not None
-    kept = merged.weights[name]
-    host = host_of({canonical(key): child for key, child in module.named_modules()}[canonical(name)])
-    if host is None or weight.shape != kept.shape:
+    layer = {canonical(key): child for key, child in module.named_modules()}[canonical(name)]
+    host = host_of(layer)
+    if host is None:
         return False
-    adapters = merged.adapters[name].to(kept.device)
-    active = [cast(Adapter, adapters[key]) for key in merged.active[name]]
-    matrix = fold(host.as_matrix(kept), active).to(kept.dtype)
-    return torch.equal(host.as_weight(matrix).to(weight.dtype), weight.detach().to(kept.device))
+    base = merged.weights[name].matrix_for(layer)
+    adapters = merged.adapters[name].to(base.device)
+    matrix = host.as_weight(fold(base, [cast(Adapter, adapters[key]) for key in merged.active[name]]).to(base.dtype))
+    return matrix.shape == weight.shape and torch.equal(matrix.to(weight.dtype), weight.detach().to(base.device))
 
 
 def weight_of(layer: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeIs
 
-from lightning_lora.fingerprint import base_fingerprint, describe_difference
+from lightning_lora.fingerprint import base_fingerprint, describe_difference, survey
 from lightning_lora.record import Record
 from lightning_lora.targets.patterns import canonical
 
@@ -51,10 +51,11 @@ def base_buffers(module: nn.Module, record: Record) -> Iterator[tuple[str, Tenso
     That is everything in the state dict that is neither parameter nor trained, but for extra states, which belong to
     the run, and for tensors of unusual storage (sparse, quantized, without data).
     """
-    parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
-    saved = set(record.saved)
+    contents = survey(module)
+    others = {canonical(key) for key in contents.adapter_keys()} | set(record.saved) | contents.codes
+    others |= contents.parameters.keys()
     for key, value in module.state_dict().items():
-        if key not in parameters and canonical(key) not in saved and _is_dense(value) and not is_extra_state(key):
+        if canonical(key) not in others and _is_dense(value) and not is_extra_state(key):
             yield key, value
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import AdapterConfig
+from lightning_lora.kept_weights import KeptWeight
+from lightning_lora.quantization.config import QuantizationConfig
 from lightning_lora.report import InjectionReport
 
 _ATTRIBUTE = "_lightning_lora"
@@ -25,7 +27,7 @@ class MergedState:
     Attributes:
         adapters: Layer name -> its adapters.
         active: Layer name -> the names of the adapters that acted.
-        weights: Layer name -> the tensor that was the base weight. Left behind when a merged module is pickled or
+        weights: Layer name -> what was the base weight. Left behind when a merged module is pickled or
             copied: the copy is a plain module that can't be unmerged.
         sums: Name -> dtype and checksum of each parameter of the base as the merge left it, merged or not: what is
             trained after the merge is in no adapter-only file, and unmerging would throw it away.
@@ -33,7 +35,7 @@ class MergedState:
 
     adapters: dict[str, nn.ModuleDict] = field(default_factory=dict)
     active: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    weights: dict[str, Tensor] | None = field(default_factory=dict)
+    weights: dict[str, KeptWeight] | None = field(default_factory=dict)
     sums: dict[str, tuple[torch.dtype, int]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class Record:
             back where a file does not hold it and at a removal.
         base: Fingerprint of the base's parameters then: where another base was loaded since, its buffers were, too.
         complete: Whether the whole module has been there for an injection, and everything in its config was found.
+        quantization: How the linear layers of the base were quantized, if they were.
         report: What the last injection reported.
         patched: Names of instance attributes put over methods of the module, taken away at removal.
         merged: Set while the adapters are merged into the base.
@@ -69,6 +72,7 @@ class Record:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     base: dict[str, Any] | None = None
     complete: bool = False
+    quantization: QuantizationConfig | None = None
     report: InjectionReport | None = None
     patched: list[str] = field(default_factory=list)
     merged: MergedState | None = None

@@ -15,6 +15,7 @@ from lightning_lora.class_swap import original_class
 from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import TargetNotFoundError, UnsupportedSetupError
 from lightning_lora.layers import AdaptedLayer, host_of
+from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.targets.blocks import BlockLists
 from lightning_lora.targets.patterns import Pattern, canonical
 from lightning_lora.targets.roles import Roles, prefixes
@@ -249,7 +250,9 @@ def _blockers(root: nn.Module, modules: Mapping[str, nn.Module], saved: frozense
             blockers[name] = "nn.MultiheadAttention uses this weight without calling the layer"
         elif parametrize.is_parametrized(layer) or not isinstance(layer._parameters.get("weight"), nn.Parameter):
             blockers[name] = "its weight is computed from others (weight_norm, spectral_norm, pruning): undo that first"
-        elif not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        elif not isinstance(layer, QuantizedLayer) and not (
+            isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        ):
             blockers[name] = f"its weight is not a dense floating-point tensor ({original_class(layer).__name__})"
         elif id(weight) in shared:
             others = " and ".join(repr(owner) for owner in shared[id(weight)] if owner != name)

@@ -1,0 +1,65 @@
+"""Exchange the weight of a layer for a dense one, and put back exactly what was there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.layers import host_of
+from lightning_lora.quantization.conversion import become_dense, become_quantized
+from lightning_lora.quantized_layer import QuantizedLayer
+
+
+@dataclass(frozen=True)
+class KeptWeight:
+    """What a layer had in the place of a merged weight.
+
+    Attributes:
+        weight: The tensor of a dense weight, or the parameter with the codes of a quantized one.
+        quantized: Class and settings of a quantized layer.
+    """
+
+    weight: Tensor
+    quantized: tuple[type[QuantizedLayer], dict[str, Any]] | None = None
+
+    def matrix_for(self, layer: nn.Module) -> Tensor:
+        """The dense weight as ``(out_features, in_features)``, for a layer of the class that it was kept from."""
+        if self.quantized is None:
+            host = host_of(layer)
+            assert host is not None
+            return host.as_matrix(self.weight)
+        cls, settings = self.quantized
+        twin = cls.__new__(cls)
+        nn.Module.__init__(twin)
+        become_quantized(twin, cls, self.weight, **settings)
+        return twin.dequantize(settings["dense_dtype"])
+
+
+def replace_weight(layer: Any, matrix: Tensor) -> KeptWeight:
+    """Give a layer without adapters the dense weight ``matrix``, ``(out_features, in_features)``."""
+    if isinstance(layer, QuantizedLayer):
+        return exchange(layer, nn.Parameter(matrix, requires_grad=False))
+    host = host_of(layer)
+    assert host is not None
+    kept = KeptWeight(layer.weight.data)
+    layer.weight.data = host.as_weight(matrix)
+    return kept
+
+
+def exchange(layer: QuantizedLayer, parameter: nn.Parameter) -> KeptWeight:
+    """Make a quantized layer a dense one with the weight ``parameter``."""
+    cls, codes, settings = become_dense(layer, parameter)
+    return KeptWeight(codes, (cls, settings))
+
+
+def put_back(layer: Any, kept: KeptWeight) -> None:
+    """Give a layer back what :func:`replace_weight` kept, on the device and in the precision that it has now."""
+    if kept.quantized is None:
+        layer.weight.data = kept.weight.to(device=layer.weight.device, dtype=layer.weight.dtype)
+        return
+    cls, settings = kept.quantized
+    device = layer.weight.device
+    become_quantized(layer, cls, kept.weight, **settings)
+    layer.to(device)

@@ -1,0 +1,180 @@
+"""NF4 and FP4 (QLoRA, arXiv:2305.14314): bitsandbytes' codes in a layer that never rewrites itself.
+
+bitsandbytes' own ``Linear4bit`` repacks its weight in an evaluation on some CPUs, after which training gets no
+gradient and dequantizing gives garbage; it casts its bias in place to the first input's dtype; and it can't load its
+own state dict.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_lora.errors import QuantizationError
+from lightning_lora.quantization.product import product
+from lightning_lora.quantized_layer import QuantizedLayer
+
+# Without a GPU bitsandbytes quantizes with torch operations that take 20 bytes a value for a moment. A multiple of
+# all block sizes, so that the codes are those of the whole weight in one go.
+_CHUNK = 2**17
+
+
+class QuantizedLinear4bit(QuantizedLayer, Linear4bit):
+    """A frozen linear layer in 4 bits. ``weight`` holds the codes, ``(in_features * out_features / 2, 1)``, uint8."""
+
+    weight: Params4bit
+
+    @property
+    def quant_state(self) -> Any:  # type: ignore[override]
+        """The ``QuantState`` of the codes; it lives on the weight, as copies and moves take it along there."""
+        return self.weight.quant_state
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self)
+
+    @override
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        state = copy.copy(self.weight.quant_state)
+        state.dtype = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+        dense: Tensor = bnb.functional.dequantize_4bit(self.weight.data, state)
+        return dense.to(dtype)
+
+    @override
+    def requantize(self, weight: Tensor) -> None:
+        self.weight = quantize(weight.to(self.weight.device), _settings(self.weight))
+
+    @override
+    def constants(self) -> dict[str, Tensor]:
+        state = self.weight.quant_state
+        found = {"weight.absmax": state.absmax}
+        if state.nested:
+            found |= {"weight.nested_absmax": state.state2.absmax}
+        return found
+
+    @override
+    def code_keys(self) -> tuple[str, ...]:
+        state = self.weight.quant_state
+        keys = ("absmax", "quant_map", f"quant_state.bitsandbytes__{state.quant_type}")
+        nested = ("nested_absmax", "nested_quant_map") if state.nested else ()
+        return tuple(f"weight.{key}" for key in (*keys, *nested))
+
+    @override
+    def describe(self) -> str:
+        state = self.weight.quant_state
+        return f"{state.quant_type} (double)" if state.nested else str(state.quant_type)
+
+    @override
+    def _move_constants(self, device: torch.device) -> None:
+        self.weight.quant_state.to(device)
+
+    @override
+    def _is_own(self, key: str) -> bool:
+        return key == "weight" or key.startswith("weight.")
+
+    @override
+    def _take(self, saved: dict[str, Tensor]) -> list[str]:
+        found = saved.pop("weight").detach()
+        if not saved:
+            if tuple(found.shape) != (self.out_features, self.in_features) or not found.is_floating_point():
+                return [f"{tuple(found.shape)} {found.dtype} in the file is neither a weight nor codes of it"]
+            self.requantize(found)
+            return []
+        device, old = self.weight.device, self.weight.quant_state
+        parts = {name.removeprefix("weight."): value for name, value in saved.items()}
+        try:
+            state = QuantState.from_dict(parts, device=device)
+        except (KeyError, ValueError, AttributeError, AssertionError, StopIteration) as error:
+            return [f"the constants of its codes can't be read ({type(error).__name__}: {error})"]
+        if (tuple(state.shape), state.quant_type) != (tuple(old.shape), old.quant_type):
+            return [f"codes of {tuple(state.shape)} in {state.quant_type}; here {tuple(old.shape)} in {old.quant_type}"]
+        self.weight = _parameter(found.to(device, copy=True), state)
+        return []
+
+
+def quantize(weight: Tensor, settings: dict[str, Any]) -> Params4bit:
+    """Codes of a dense weight with their description, on the weight's device.
+
+    Args:
+        weight: ``(out_features, in_features)``; fp64 is rounded to fp32 first.
+        settings: ``blocksize``, ``compress_statistics``, ``quant_type`` and ``quant_storage`` of bitsandbytes.
+
+    Raises:
+        QuantizationError: If a value is not finite: its whole block would be lost.
+    """
+    flat = weight.detach().contiguous().view(-1)
+    codes, scales = [], []
+    for chunk in torch.split(flat, _CHUNK if flat.device.type == "cpu" else flat.numel()):
+        code, scale = torch.ops.bitsandbytes.quantize_4bit.default(
+            chunk.float() if chunk.dtype == torch.float64 else chunk,
+            settings["blocksize"],
+            settings["quant_type"],
+            torch.uint8,
+        )
+        codes.append(code.view(-1))
+        scales.append(scale)
+    absmax = torch.cat(scales)
+    if not torch.isfinite(absmax).all():
+        raise QuantizationError("its weight holds values that are not finite")
+    return _parameter(_as_storage(codes, settings["quant_storage"]), _describe(weight, absmax, settings))
+
+
+def adopt(weight: Params4bit) -> Params4bit:
+    """The weight of a layer of bitsandbytes, quantized if it is not yet, without its reference to the layer.
+
+    Raises:
+        QuantizationError: If a value is not finite.
+    """
+    if weight.quant_state is None:
+        return quantize(weight.data, _settings(weight))
+    weight.module = None  # a copy of the weight would keep the layer that it was copied from
+    return weight
+
+
+def _as_storage(codes: list[Tensor], dtype: torch.dtype) -> Tensor:
+    missing = -sum(code.numel() for code in codes) % dtype.itemsize
+    return torch.cat([*codes, codes[0].new_zeros(missing)]).view(dtype).unsqueeze(1)
+
+
+def _describe(weight: Tensor, absmax: Tensor, settings: dict[str, Any]) -> QuantState:
+    state = QuantState(  # type: ignore[no-untyped-call]
+        absmax=absmax,
+        shape=weight.shape,
+        dtype=weight.dtype if weight.dtype != torch.float64 else torch.float32,
+        blocksize=settings["blocksize"],
+        code=bnb.functional.get_4bit_type(  # type: ignore[no-untyped-call]
+            settings["quant_type"], device=weight.device
+        ),
+        quant_type=settings["quant_type"],
+    )
+    if settings["compress_statistics"]:
+        # As bitsandbytes.functional.quantize_4bit does, for scales that were found chunk by chunk.
+        state.offset = absmax.mean()
+        state.absmax, state.state2 = bnb.functional.quantize_blockwise(absmax - state.offset, blocksize=256)
+        state.nested = True
+    return state
+
+
+def _parameter(codes: Tensor, state: QuantState) -> Params4bit:
+    return Params4bit(
+        codes,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=codes.dtype,
+        bnb_quantized=True,
+    )
+
+
+def _settings(weight: Params4bit) -> dict[str, Any]:
+    names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    return {name: getattr(weight, name) for name in names}

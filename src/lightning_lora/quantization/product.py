@@ -1,0 +1,56 @@
+"""The product with a frozen weight that is stored as codes: dequantized for a moment, in forward and in backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lora.errors import QuantizationError
+from lightning_lora.quantized_layer import QuantizedLayer
+
+
+def product(input: Tensor, layer: QuantizedLayer) -> Tensor:
+    """``input @ W.T + bias`` of a quantized layer, without touching anything of it.
+
+    Args:
+        input: ``(..., in_features)``.
+        layer: The layer; its ``compute_dtype`` is that of the product.
+
+    Returns:
+        ``(..., out_features)``, in the input's dtype; under autocast in that of the product, as ``nn.Linear``.
+
+    Raises:
+        QuantizationError: If the input is not of floating point.
+    """
+    if not input.is_floating_point():
+        raise QuantizationError(
+            f"A layer in {layer.describe()} got an input of {input.dtype}: the module casts its inputs to the dtype of "
+            "the layer's weight, which is that of the codes now. Name the layer in QuantizationConfig.skip_modules."
+        )
+    kind = input.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = layer.compute_dtype or (torch.get_autocast_dtype(kind) if autocast else input.dtype)
+    with torch.autocast(kind, enabled=False):
+        output: Tensor = _FrozenProduct.apply(input.to(dtype), layer)  # type: ignore[no-untyped-call]
+        bias: Any = layer.bias
+        output = output if bias is None else output + bias.to(dtype)
+    return output if autocast else output.to(input.dtype)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """``input @ W.T`` that keeps neither the input nor the dense weight: a frozen weight needs no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, layer: QuantizedLayer) -> Tensor:
+        ctx.layer = layer
+        return F.linear(input, layer.dequantize(input.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return grad_output @ ctx.layer.dequantize(grad_output.dtype), None

@@ -1,0 +1,134 @@
+"""Choose the linear layers of a base that are stored in 4 or 8 bits, and store them so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Set
+
+import torch
+from torch import nn
+
+from lightning_lora.config import AdapterConfig
+from lightning_lora.errors import QuantizationError, TargetNotFoundError
+from lightning_lora.fresh import is_pretrained_model
+from lightning_lora.quantization.config import QuantizationConfig
+from lightning_lora.quantization.conversion import quantize_layers
+from lightning_lora.quantized_layer import QuantizedLayer
+from lightning_lora.record import Record
+from lightning_lora.targets import Pattern, select_targets
+from lightning_lora.targets.patterns import canonical
+from lightning_lora.targets.selection import Selection
+
+
+def quantize_base(
+    module: nn.Module,
+    record: Record,
+    config: AdapterConfig,
+    quantization: QuantizationConfig,
+    *,
+    saved: Set[str],
+    strict: bool,
+    device: torch.device | None = None,
+) -> None:
+    """Quantize the frozen linear layers of ``module`` that are dense, and note it in ``record``.
+
+    Args:
+        module: Any module, before its layers get adapters.
+        record: Its record.
+        config: What is adapted.
+        quantization: The format.
+        saved: Names of modules that are trained in full.
+        strict: False leaves weights without values, and patterns that match nothing, for later.
+        device: Where to quantize, as in :func:`~lightning_lora.quantization.conversion.quantize_layers`.
+
+    Raises:
+        QuantizationError: If no layer can be quantized, or a weight has no values or values that are not finite.
+        TargetNotFoundError: If a pattern of ``skip_modules`` matches nothing.
+        ValueError: If the base was quantized in another format, or has adapters already.
+    """
+    _check(record, quantization)
+    if strict:
+        _refuse_idle_patterns(module, quantization)
+    selection = _candidates(module, config, quantization, saved)
+    names = [target.name for target in selection.targets]
+    if not strict:
+        names = [name for name in names if not module.get_submodule(name).weight.is_meta]
+    if strict and not names and not any(isinstance(child, QuantizedLayer) for child in module.modules()):
+        raise QuantizationError(
+            f"No linear layer of {type(module).__name__} can be stored as {quantization.quant_type}: "
+            + ("; ".join(f"{name!r}: {why}" for name, why in list(selection.skipped.items())[:3]) or "it has none")
+        )
+    for name in names:
+        if module.get_submodule(name).weight.requires_grad:
+            record.was_trainable.add(canonical(f"{name}.weight"))
+    quantize_layers(module, names, quantization, device=device)
+    record.quantization = quantization
+
+
+def describe_quantized(module: nn.Module) -> Iterator[str]:
+    """Lines on the quantized layers of ``module``: how many, in what format, and their bytes."""
+    by_format: dict[str, list[QuantizedLayer]] = {}
+    for child in module.modules():
+        if isinstance(child, QuantizedLayer):
+            by_format.setdefault(child.describe(), []).append(child)
+    for form, layers in by_format.items():
+        stored = sum(t.nbytes for layer in layers for t in (layer.weight, *layer.constants().values()))
+        dense = sum(layer.in_features * layer.out_features * layer.dense_dtype.itemsize for layer in layers)
+        yield f"{len(layers)} linear layers stored as {form}: {stored / 1e6:,.1f} MB instead of {dense / 1e6:,.1f} MB"
+
+
+def _check(record: Record, quantization: QuantizationConfig) -> None:
+    if record.quantization not in (None, quantization):
+        raise ValueError(
+            f"The base is quantized already, with {record.quantization}; another format needs a new module."
+        )
+    if record.configs and record.quantization is None:
+        raise ValueError(
+            "The layers have adapters already: quantize with the first injection, or build the module anew."
+        )
+
+
+def _candidates(
+    module: nn.Module, config: AdapterConfig, quantization: QuantizationConfig, saved: Set[str]
+) -> Selection:
+    everything = dataclasses.replace(
+        config,
+        target_modules="all-linear",
+        exclude_modules=quantization.skip_modules,
+        layers=None,
+        rank_pattern={},
+        alpha_pattern={},
+    )
+    selection = select_targets(module, everything, saved=frozenset(saved), strict=False)
+    wide = _kept_wide(module)
+    kept = []
+    for target in selection.targets:
+        layer = module.get_submodule(target.name)
+        if target.name in wide:
+            selection.skipped[target.name] = "transformers keeps it in fp32"
+        elif type(layer) is nn.Linear and layer.weight.numel():
+            kept.append(target)
+        elif not isinstance(layer, QuantizedLayer):
+            selection.skipped[target.name] = f"{type(layer).__name__} is no plain nn.Linear"
+    selection.targets = kept
+    return selection
+
+
+def _kept_wide(module: nn.Module) -> set[str]:
+    """Layers that a transformers model says must stay in fp32: T5 casts its input to the dtype of such a weight."""
+    found: set[str] = set()
+    for name, child in module.named_modules():
+        if is_pretrained_model(child):
+            parts = {*(getattr(child, "_keep_in_fp32_modules", None) or ())}
+            parts |= {*(getattr(child, "_keep_in_fp32_modules_strict", None) or ())}
+            found |= {f"{name}.{path}".lstrip(".") for path, _ in child.named_modules() if parts & {*path.split(".")}}
+    return found
+
+
+def _refuse_idle_patterns(module: nn.Module, quantization: QuantizationConfig) -> None:
+    names = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    for text in quantization.skip_modules:
+        pattern = Pattern(text)
+        if not any(pattern.matches(name) for name in names):
+            nearest = ", ".join(map(repr, pattern.nearest(names)))
+            raise TargetNotFoundError(f"skip_modules: {text!r} matches no module. Closest: {nearest}.")
