@@ -28,20 +28,23 @@ GROUPS = (
         "report",
         "sample",
         "version",
+        "weight_files",
+        "streaming",
     ),
     ("layers", "quantized_layer", "quantization", "kept_weights", "record"),
     ("targets", "lora", "frozen", "fingerprint"),
     ("quantized_base",),
     ("gradient_checkpointing",),
     ("injection", "originals"),
-    ("checkpoint", "merge", "merge_changes", "merge_report", "export", "hyperparameters", "optimizers", "planning"),
-    ("averaging", "callback", "fit_end", "guards", "hooks", "load", "random_state", "tracking"),
+    ("checkpoint", "merge", "merge_bases", "merge_changes", "merge_report", "export", "hyperparameters", "optimizers", "planning"),
+    ("averaging", "callback", "fit_end", "guards", "hooks", "load", "optimizer_swap", "random_state", "tracking"),
     ("sft",),
     ("app",),
 )
 # Who may import a package; where it is optional, only inside the function that needs it.
 LIGHTNING = {*GROUPS[7], "sft", "app"}
 OPTIONAL = {
+    "huggingface_hub": {"weight_files"},
     "transformers": {"fresh", "export", "merge", "targets", "sft"},
     "hydra": {"app"},
     "omegaconf": {"app", "hyperparameters", "load"},
@@ -50,7 +53,7 @@ OPTIONAL = {
     "matplotlib": {"sft"},
     "gguf": {"sft"},
     "peft": set[str](),
-    "bitsandbytes": {"quantization"},
+    "bitsandbytes": {"quantization", "optimizer_swap"},
 }
 ITS_OWN_DEPENDENCY = {("quantization", "bitsandbytes"), ("sft", "transformers"), ("app", "hydra"), ("app", "omegaconf")}
 

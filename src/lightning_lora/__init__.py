@@ -20,6 +20,7 @@ from lightning_lora.merge import MergeConfig, merge_adapters, unmerge_adapters
 from lightning_lora.merge_report import MergedLayer, MergeReport, OutputDifference
 from lightning_lora.quantization.config import QuantizationConfig
 from lightning_lora.report import InjectionReport, LayerRow
+from lightning_lora.streaming import empty_weights
 from lightning_lora.version import __version__ as __version__
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "TargetNotFoundError",
     "UnsupportedSetupError",
     "disable_adapters",
+    "empty_weights",
     "inject_adapters",
     "load_from_checkpoint",
     "merge_adapters",

@@ -48,6 +48,8 @@ class LoRACallback(pl.Callback):
     Args:
         config: What to adapt; default: every linear layer, rank 8.
         quantization: Store the frozen linear layers of the base in 4 or 8 bits; None: leave them as they are.
+        base_weights: Where a module that was built without values gets its weights from, see
+            :func:`~lightning_lora.inject_adapters`.
         merge_on_fit_end: Write merged weights after the training and make the module plain with them; a
             :class:`~lightning_lora.MergeConfig` says how.
         print_report: Print what was adapted when a fit begins.
@@ -66,12 +68,14 @@ class LoRACallback(pl.Callback):
         config: LoRAConfig | None = None,
         *,
         quantization: QuantizationConfig | None = None,
+        base_weights: str | Path | None = None,
         merge_on_fit_end: bool | MergeConfig = False,
         print_report: bool = True,
     ) -> None:
         super().__init__()
         self.config = _as_config(config)
         self.quantization = as_quantization_config(quantization)
+        self.base_weights = base_weights
         self.merge_config = _as_merge_config(merge_on_fit_end)
         self.print_report = print_report
         self.report: InjectionReport | None = None
@@ -84,11 +88,15 @@ class LoRACallback(pl.Callback):
         check_trainer(trainer, self, kind=LoRACallback, merges=self.merge_config is not None)
         if stage == "fit":
             if self.merge_config is not None:
-                check_merge(trainer, self.merge_config)
+                check_merge(trainer, pl_module, self.merge_config)
             if is_merged(pl_module):
                 unmerge_adapters(pl_module)
         inject = functools.partial(
-            extend_adapters, config=self.config, quantization=self.quantization, device=_quantizing_device(trainer)
+            extend_adapters,
+            config=self.config,
+            quantization=self.quantization,
+            base_weights=self.base_weights,
+            device=_quantizing_device(trainer),
         )
         patch_run(trainer, pl_module, inject)
         if not is_merged(pl_module) and inject(pl_module, strict=False) is not None:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from lightning_lora.checkpoint import adapter_keys
 from lightning_lora.errors import LightningLoRAError, MergeError
 from lightning_lora.fresh import is_pretrained_model
-from lightning_lora.layers import AdaptedLayer
-from lightning_lora.merge import DTYPES, MergeConfig, merged_matrices, unused_folder
+from lightning_lora.merge import DTYPES, MergeConfig, merged_weights, plain_weights, unused_folder
 from lightning_lora.merge_report import MergeReport
+from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.targets.patterns import canonical
 
 
@@ -78,7 +78,7 @@ def write_merged(
     Raises:
         MergeError: If the folder can't be written.
     """
-    state = merged_state_dict(module, dtype=DTYPES[config.dtype] if config.dtype else None)
+    state = merged_state_dict(module, config)
 
     def fill(folder: Path) -> None:
         torch.save(make_checkpoint(dict(state)), folder / "merged.ckpt")
@@ -105,23 +105,25 @@ def write_report(report: MergeReport, folder: Path) -> None:
     temporary.replace(folder / "merge_report.json")
 
 
-def merged_state_dict(module: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def merged_state_dict(module: nn.Module, config: MergeConfig) -> dict[str, Tensor]:
     """The state dict of ``module`` under its vanilla keys, with the active adapters folded in.
 
     Args:
         module: A module with live adapters.
-        dtype: Of all floating-point entries; None keeps each as it is.
+        config: Its dtype is that of all floating-point entries; None keeps each as it is.
 
     Raises:
         MergeError: If the module's state dict has other names than its layers, so that weights can't be placed.
     """
+    dtype = DTYPES[config.dtype] if config.dtype else None
     dropped = adapter_keys(module)
     names = {id(child): name for name, child in module.named_modules()}
-    merged = {names[id(layer)]: layer.as_weight(matrix) for _, layer, matrix in merged_matrices(module, dtype=dtype)}
+    merged = {names[id(item.layer)]: item.layer.as_weight(item.dense) for item in merged_weights(module, config)}
+    merged |= {name: dense for name, _, dense in plain_weights(module, config)}
     aliases = {
-        f"{alias}.weight": merged[names[id(child)]]
+        f"{alias}.weight".lstrip("."): merged[names[id(child)]]
         for alias, child in module.named_modules(remove_duplicate=False)
-        if isinstance(child, AdaptedLayer)
+        if names[id(child)] in merged
     }
     state = module.state_dict()
     lost = sorted((dropped | set(aliases)) - set(state))
@@ -131,8 +133,19 @@ def merged_state_dict(module: nn.Module, *, dtype: torch.dtype | None = None) ->
             "state-dict hook or an own state_dict() renames or drops them, and the file would hold unmerged weights. "
             "Use merge_adapters(module), then save the module's state dict."
         )
+    dropped |= _code_keys(module)
     state = {key: value for key, value in state.items() if key not in dropped}
     return {key: aliases[key] if key in aliases else _cast(value, dtype) for key, value in state.items()}
+
+
+def _code_keys(module: nn.Module) -> set[str]:
+    """Keys of what lies beside the codes of quantized layers, which a dense module has not."""
+    return {
+        f"{name}.{key}".lstrip(".")
+        for name, child in module.named_modules(remove_duplicate=False)
+        if isinstance(child, QuantizedLayer)
+        for key in child.code_keys()
+    }
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:

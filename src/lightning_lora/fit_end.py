@@ -26,12 +26,13 @@ from lightning_lora.injection import disable_adapters
 from lightning_lora.layers import adapted_layers
 from lightning_lora.lightning_names import is_a
 from lightning_lora.merge import MergeConfig, is_merged, measure_merge, merge_adapters, unmerge_adapters
+from lightning_lora.merge_bases import check_original
 from lightning_lora.merge_report import MergeReport, OutputDifference
 from lightning_lora.sample import SampleCall, agree, comparable, difference, rounding
 from lightning_lora.targets.patterns import canonical
 
 
-def check_merge(trainer: pl.Trainer, config: MergeConfig) -> None:
+def check_merge(trainer: pl.Trainer, module: pl.LightningModule, config: MergeConfig) -> None:
     """Refuse, before the training, a merge that could not be done after it.
 
     Raises:
@@ -41,6 +42,8 @@ def check_merge(trainer: pl.Trainer, config: MergeConfig) -> None:
         raise UnsupportedSetupError(
             'MergeConfig(source="best") needs a ModelCheckpoint(monitor=...) in the Trainer to say which is best.'
         )
+    if config.base == "original":
+        check_original(module, config.original)
     parent = artifact_path(trainer, config).parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir():
@@ -84,6 +87,8 @@ def _prove_by_outputs(
             proof = OutputDifference(max_abs=largest, relative=error / effect if effect else 0.0)
             eps = rounding(layer.computed_in for _, layer in adapted_layers(module))
             right = agree(merged, adapted, base, tolerance=config.tolerance, eps=eps)
+    if config.base == "original":
+        return proof  # how far other weights are from those of the run is what the report says
     if not trainer.strategy.reduce_boolean_decision(right):
         share = "too much" if right or proof is None else f"by {proof.relative:.0%} of what the adapters change"
         raise MergeError(

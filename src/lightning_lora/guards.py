@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from lightning_lora.adapter import Adapter
 from lightning_lora.averaging import AVERAGING
 from lightning_lora.errors import UnsupportedSetupError
+from lightning_lora.fingerprint import base_fingerprint, describe_difference
 from lightning_lora.lightning_names import is_a
-from lightning_lora.record import Record
+from lightning_lora.quantized_layer import QuantizedLayer
+from lightning_lora.record import Record, find_record
 from lightning_lora.targets.patterns import canonical
 
 
@@ -96,6 +98,26 @@ def check_still_frozen(module: nn.Module, record: Record) -> None:
             f"{len(thawed)} parameters of the frozen base were made trainable after the injection, such as "
             f"{thawed[0]!r}: they would train, and no checkpoint would hold them. Remove the unfreeze() call, or name "
             "the module in modules_to_save."
+        )
+
+
+def require_equal_bases(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Refuse a quantized base that differs between processes: DDP makes the codes equal, and leaves the scales.
+
+    Raises:
+        UnsupportedSetupError: On every rank, if the base of one differs from that of rank zero.
+    """
+    if trainer.world_size == 1 or not any(isinstance(child, QuantizedLayer) for child in module.modules()):
+        return
+    record = find_record(module)
+    assert record is not None
+    own = base_fingerprint(module, record)
+    difference = describe_difference(trainer.strategy.broadcast(own), own)
+    if not trainer.strategy.reduce_boolean_decision(difference is None):
+        raise UnsupportedSetupError(
+            "The processes have different quantized bases, and each would train adapters for another model"
+            + ("" if difference is None else f": compared with rank 0, {difference}")
+            + ". Load pretrained weights, or call seed_everything(...) before the module is built."
         )
 
 

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_lora.checkpoint import complete_base, strip_base
 from lightning_lora.checkpoint_file import MANIFEST, check_checkpoint, read_checkpoint
 from lightning_lora.errors import CheckpointError, MergeError
+from lightning_lora.guards import require_equal_bases
 from lightning_lora.hyperparameters import make_hyperparameters_plain
 from lightning_lora.injection import withdraw_incomplete
 from lightning_lora.merge import is_merged, unmerge_for_now
@@ -69,6 +70,7 @@ def _configure_model(module: pl.LightningModule, previous: Method, inject: Calla
             withdraw_incomplete(module)
             raise
         patch_checkpoints(module)
+        require_equal_bases(module.trainer, module)
 
 
 def _on_save(module: pl.LightningModule, previous: Method, checkpoint: dict[str, Any]) -> None:

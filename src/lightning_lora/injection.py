@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,19 @@ from lightning_lora.quantized_base import describe_quantized, quantize_base
 from lightning_lora.quantized_layer import QuantizedLayer, dense_numel
 from lightning_lora.record import Record, drop_record, find_nested_record, find_record, store_record
 from lightning_lora.report import InjectionReport, LayerRow
+from lightning_lora.streaming import stream_weights
 from lightning_lora.targets import Pattern, Selection, select_targets
 from lightning_lora.targets.patterns import canonical
+from lightning_lora.weight_files import WeightFiles
 
 
 def inject_adapters(
-    module: nn.Module, config: AdapterConfig, *, name: str = "default", quantization: QuantizationConfig | None = None
+    module: nn.Module,
+    config: AdapterConfig,
+    *,
+    name: str = "default",
+    quantization: QuantizationConfig | None = None,
+    base_weights: str | Path | None = None,
 ) -> InjectionReport:
     """Freeze ``module`` and give the layers that ``config`` means an adapter each, in place.
 
@@ -44,6 +52,9 @@ def inject_adapters(
             there already changes nothing about which are active.
         quantization: Store the frozen linear layers in 4 or 8 bits first. Layers that are so already are adapted as
             they are.
+        base_weights: Where tensors of a module that was built without values (on the meta device, see
+            :func:`~lightning_lora.empty_weights`) get them from, one at a time: a safetensors file, an index of sharded
+            ones, a folder, or the name of a model on the Hugging Face hub. Names may differ by a prefix.
 
     Returns:
         What was adapted, what was skipped and why, and the counts.
@@ -62,7 +73,9 @@ def inject_adapters(
         >>> sorted(key for key in net.state_dict() if "lora" in key)[:2]
         ['0.adapters.default.lora_A', '0.adapters.default.lora_B']
     """
-    report = extend_adapters(module, config, name=name, quantization=quantization, strict=True)
+    report = extend_adapters(
+        module, config, name=name, quantization=quantization, base_weights=base_weights, strict=True
+    )
     assert report is not None
     return report
 
@@ -73,6 +86,7 @@ def extend_adapters(
     *,
     name: str = "default",
     quantization: QuantizationConfig | None = None,
+    base_weights: str | Path | None = None,
     device: torch.device | None = None,
     strict: bool,
 ) -> InjectionReport | None:
@@ -83,10 +97,13 @@ def extend_adapters(
         config: As in :func:`inject_adapters`.
         name: As in :func:`inject_adapters`.
         quantization: As in :func:`inject_adapters`.
+        base_weights: As in :func:`inject_adapters`.
         device: Where to quantize; None: where the weights are.
         strict: False adapts what is there already, accepts patterns that match nothing yet, and returns None where
             there is no layer to adapt.
     """
+    if not strict and (quantization or base_weights) and any(p.is_meta for p in module.parameters()):
+        return None  # what has no values yet is quantized before it gets adapters
     record = (find_record(module) or Record()).copy()
     _check(module, record, config, name)
     saved_modules, saved = _saved_names(module, config, strict=strict)
@@ -95,8 +112,13 @@ def extend_adapters(
         selection = select_targets(module, config, saved=frozenset(saved_modules), strict=strict)
         if not selection.targets:
             return None
+        files = None if base_weights is None or not strict else WeightFiles(base_weights)
         if quantization is not None:
-            quantize_base(module, record, config, quantization, saved=saved_modules, strict=strict, device=device)
+            quantize_base(
+                module, record, config, quantization, saved=saved_modules, strict=strict, device=device, files=files
+            )
+        elif files is not None:
+            stream_weights(module, files)
         record.saved = list(dict.fromkeys([*record.saved, *saved]))
         acts = _attach(module, selection, config, name, is_new=name not in record.configs)
         _freeze(module, record, name if acts else None)

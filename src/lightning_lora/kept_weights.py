@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import host_of
-from lightning_lora.quantization.conversion import become_dense, become_quantized
+from lightning_lora.quantization.conversion import become_dense, become_quantized, settings_of
 from lightning_lora.quantized_layer import QuantizedLayer
 
 
@@ -24,8 +26,13 @@ class KeptWeight:
     weight: Tensor
     quantized: tuple[type[QuantizedLayer], dict[str, Any]] | None = None
 
-    def matrix_for(self, layer: nn.Module) -> Tensor:
-        """The dense weight as ``(out_features, in_features)``, for a layer of the class that it was kept from."""
+    def matrix_for(self, layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight as ``(out_features, in_features)``, for a layer of the class that it was kept from.
+
+        Args:
+            layer: The layer.
+            dtype: Of what codes are dequantized to; None: of the weight that they were made of.
+        """
         if self.quantized is None:
             host = host_of(layer)
             assert host is not None
@@ -34,13 +41,14 @@ class KeptWeight:
         twin = cls.__new__(cls)
         nn.Module.__init__(twin)
         become_quantized(twin, cls, self.weight, **settings)
-        return twin.dequantize(settings["dense_dtype"])
+        return twin.dequantize(dtype or settings["dense_dtype"])
 
 
 def replace_weight(layer: Any, matrix: Tensor) -> KeptWeight:
     """Give a layer without adapters the dense weight ``matrix``, ``(out_features, in_features)``."""
     if isinstance(layer, QuantizedLayer):
-        return exchange(layer, nn.Parameter(matrix, requires_grad=False))
+        cls, codes, settings = become_dense(layer, nn.Parameter(matrix, requires_grad=False))
+        return KeptWeight(codes, (cls, settings))
     host = host_of(layer)
     assert host is not None
     kept = KeptWeight(layer.weight.data)
@@ -48,10 +56,25 @@ def replace_weight(layer: Any, matrix: Tensor) -> KeptWeight:
     return kept
 
 
-def exchange(layer: QuantizedLayer, parameter: nn.Parameter) -> KeptWeight:
-    """Make a quantized layer a dense one with the weight ``parameter``."""
-    cls, codes, settings = become_dense(layer, parameter)
-    return KeptWeight(codes, (cls, settings))
+def replace_codes(layer: Any, codes: Tensor) -> KeptWeight:
+    """Give a quantized layer without adapters other codes."""
+    cls, settings = type(layer), settings_of(layer)
+    kept = KeptWeight(layer.weight, (cls, settings))
+    layer.weight = codes
+    return kept
+
+
+def snapshot(layer: Any) -> Callable[[], None]:
+    """A function that makes a layer without adapters what it is now: the same parameter with the same data."""
+    parameter, data, is_quantized = layer.weight, layer.weight.data, isinstance(layer, QuantizedLayer)
+
+    def restore() -> None:
+        if isinstance(layer, QuantizedLayer) and not is_quantized:
+            become_dense(layer, parameter)
+        layer.weight = parameter
+        parameter.data = data
+
+    return restore
 
 
 def put_back(layer: Any, kept: KeptWeight) -> None:

@@ -12,17 +12,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.class_swap import original_class
 from lightning_lora.errors import MergeError
 from lightning_lora.frozen import keep_base_as_is
 from lightning_lora.injection import thaw
-from lightning_lora.kept_weights import exchange, put_back, replace_weight
+from lightning_lora.kept_weights import KeptWeight, put_back, replace_codes, replace_weight, snapshot
 from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters
+from lightning_lora.merge_bases import BASES, live_weight, original_weights
 from lightning_lora.merge_changes import base_sums, changed_since_merge, weight_of
 from lightning_lora.merge_report import MergeReport, Norms
+from lightning_lora.quantization.conversion import settings_of
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.record import MergedState, Record, find_record
 from lightning_lora.sample import agree, rounding
@@ -42,6 +46,12 @@ class MergeConfig:
         output_dir: Folder of the merged artifact; None: ``merged`` in the run's folder. An existing folder is never
             written into: ``merged-v1``, ``merged-v2``, ... is used instead.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` of the written weights; None: the base's own.
+        base: Of a base in 4 or 8 bits. ``"dequantized"``: the weights that the adapters were trained on.
+            ``"original"``: those from before the quantization, whose errors the adapters may have learned to correct.
+            ``"requantized"``: the merged weights go through the 4 or 8 bits again, where most of a small update gets
+            lost; the live module stays quantized.
+        original: Where the weights from before the quantization are: a safetensors file, an index of sharded ones, a
+            folder, or a name on the Hugging Face hub; None: where transformers loaded the model from.
         in_place: Whether the live module becomes plain, with merged weights, after the artifact is written.
         tolerance: Refuse a merge whose rounding error, over all layers, exceeds this share of the update, or that
             changes outputs by more than this share of what the adapters change in them (and by more than rounding
@@ -55,6 +65,8 @@ class MergeConfig:
     source: str = "last"
     output_dir: str | None = None
     dtype: str | None = None
+    base: str = "dequantized"
+    original: str | None = None
     in_place: bool = True
     tolerance: float = 0.3
 
@@ -67,31 +79,72 @@ class MergeConfig:
             not isinstance(self.output_dir, (str, os.PathLike)) or not str(self.output_dir).strip()
         ):
             raise ValueError(f"output_dir must be None or the path of a folder, got {self.output_dir!r}.")
+        if self.base not in BASES:
+            raise ValueError(f"base must be one of {', '.join(BASES)}; got {self.base!r}.")
+        if self.original is not None and (self.base != "original" or not str(self.original).strip()):
+            raise ValueError(
+                f"original is a path that base='original' reads, got {self.original!r} with {self.base!r}."
+            )
         if not isinstance(self.in_place, bool):
             raise ValueError(f"in_place must be True or False, got {self.in_place!r}.")
         if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)) or not self.tolerance > 0:
             raise ValueError(f"tolerance must be a positive number, got {self.tolerance!r}.")
 
 
-def merged_matrices(
-    module: nn.Module, norms: Norms | None = None, *, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, AdaptedLayer, Tensor]]:
-    """Layer by layer: name, layer, merged weight ``(out_features, in_features)`` in ``dtype`` or the base's own.
+class MergedWeight(NamedTuple):
+    """One layer with its adapters folded in.
+
+    Attributes:
+        name: Dotted name.
+        layer: The layer, still with live adapters.
+        dense: The merged weight, ``(out_features, in_features)``, as it is written.
+        codes: The same as codes of a quantized layer, where the config asks for that.
+    """
+
+    name: str
+    layer: AdaptedLayer
+    dense: Tensor
+    codes: Tensor | None
+
+
+def merged_weights(module: nn.Module, config: MergeConfig, norms: Norms | None = None) -> Iterator[MergedWeight]:
+    """Layer by layer, the merged weight in ``config.dtype`` or the base's own.
 
     Raises:
-        MergeError: If a merged weight is not finite.
+        MergeError: If a merged weight is not finite, or original weights can't be read.
     """
+    dtype = DTYPES[config.dtype] if config.dtype else None
+    base_of = original_weights(module, config.original) if config.base == "original" else live_weight
     for name, layer in list(adapted_layers(module)):
         update = layer.weight_update()
-        stored = (layer.weight_matrix().detach().to(update.dtype) + update).to(dtype or layer.weight_dtype)
+        base = base_of(name, layer).to(update.dtype)
+        merged, codes = base + update, None
+        if config.base == "requantized" and isinstance(layer, QuantizedLayer):
+            codes = layer.codes_of(merged)
+            merged = KeptWeight(codes, _format_of(layer)).matrix_for(layer, merged.dtype)
+        stored = merged.to(dtype or layer.weight_dtype)
         if not torch.isfinite(stored).all():
             raise MergeError(
                 f"The merged weight of {name!r} is not finite: its adapter diverged, or overflows {stored.dtype}. "
                 "Merge an earlier checkpoint, or in a wider dtype."
             )
         if norms is not None:
-            norms.add(name, layer, update, stored)
-        yield name, layer, stored
+            shift = base - live_weight(name, layer).to(update.dtype) if config.base == "original" else None
+            norms.add(name, base=base, update=update, stored=stored, shift=shift)
+        yield MergedWeight(name, layer, stored, codes)
+
+
+def _format_of(layer: AdaptedLayer) -> tuple[type[QuantizedLayer], dict[str, Any]]:
+    return cast("type[QuantizedLayer]", original_class(layer)), settings_of(layer)
+
+
+def plain_weights(module: nn.Module, config: MergeConfig) -> Iterator[tuple[str, QuantizedLayer, Tensor]]:
+    """Name, layer and dense weight of the quantized layers without adapters, which a plain module has dense, too."""
+    base_of = original_weights(module, config.original) if config.base == "original" else live_weight
+    dtype = DTYPES[config.dtype] if config.dtype else None
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, QuantizedLayer) and not isinstance(layer, AdaptedLayer):
+            yield name, layer, base_of(name, layer).to(dtype or layer.dense_dtype)
 
 
 def measure_merge(module: nn.Module, config: MergeConfig) -> MergeReport:
@@ -102,24 +155,27 @@ def measure_merge(module: nn.Module, config: MergeConfig) -> MergeReport:
             does not compute with the merged weight what it computes with live adapters.
     """
     _live_record(module)
-    dtype = DTYPES[config.dtype] if config.dtype else None
     norms, dtypes = Norms(), set()
-    for name, layer, stored in merged_matrices(module, norms, dtype=dtype):
+    for name, layer, stored, _ in merged_weights(module, config, norms):
         dtypes.add(str(stored.dtype).removeprefix("torch."))
         if layer.has_own_forward:
             _probe(name, layer, config.tolerance)
     if not norms.layers:
         raise MergeError("The module has no adapted layer to merge.")
     if norms.relative_error > config.tolerance:
+        lossy, remedy = f"Rounding to {', '.join(sorted(dtypes))}", 'dtype="float32"'
+        if config.base == "requantized":
+            lossy, remedy = "Quantizing the merged weights again", 'base="dequantized"'
         raise MergeError(
-            f"Rounding to {', '.join(sorted(dtypes))} would lose {norms.relative_error:.0%} of the update (tolerance "
-            f'{config.tolerance:.0%}). Use MergeConfig(dtype="float32"), or raise its tolerance. '
+            f"{lossy} would lose {norms.relative_error:.0%} of the update (tolerance {config.tolerance:.0%}). "
+            f"Use MergeConfig({remedy}), or raise its tolerance. "
             "The adapters and their checkpoints are untouched."
         )
     return MergeReport(
         layers=tuple(norms.layers),
         relative_error=norms.relative_error,
         source=config.source,
+        base=config.base,
         dtype=", ".join(sorted(dtypes)),
     )
 
@@ -154,7 +210,7 @@ def merge_adapters(module: nn.Module, config: MergeConfig | None = None) -> Merg
 
     Args:
         module: A module with adapters.
-        config: Its ``tolerance`` applies; its ``dtype`` and ``output_dir`` concern the artifact of the callback.
+        config: Its ``base``, ``original`` and ``tolerance`` apply; the rest concerns the artifact of the callback.
 
     Returns:
         Per layer, the size of the update and the error that rounding adds, relative to it.
@@ -163,13 +219,17 @@ def merge_adapters(module: nn.Module, config: MergeConfig | None = None) -> Merg
         MergeError: If the result would not be right; nothing is changed then.
     """
     record = _live_record(module)
-    report = measure_merge(module, dataclasses.replace(config or MergeConfig(), dtype=None))
+    config = dataclasses.replace(config or MergeConfig(), dtype=None)
+    report = measure_merge(module, config)
     merged = MergedState()
     assert merged.weights is not None
-    for name, layer, stored in merged_matrices(module):
+    for name, layer, stored, codes in merged_weights(module, config):
         merged.active[name] = layer.active
         merged.adapters[name] = detach_adapters(layer)
-        merged.weights[name] = replace_weight(layer, stored)
+        merged.weights[name] = replace_weight(layer, stored) if codes is None else replace_codes(layer, codes)
+    if config.base != "requantized":
+        for name, plain, dense in plain_weights(module, config):
+            merged.weights[name] = replace_weight(plain, dense)
     thaw(module, record)
     merged.sums = base_sums(module, record)
     record.merged = merged
@@ -208,20 +268,17 @@ def unmerge_for_now(module: nn.Module) -> Callable[[], None]:
     merged = None if record is None else record.merged
     weights = {} if merged is None or merged.weights is None else merged.weights
     layers = {canonical(name): child for name, child in module.named_modules()}
-    parameters = {name: layers[canonical(name)].weight for name in weights if canonical(name) in layers}
-    stored = {name: (parameter, parameter.data) for name, parameter in parameters.items()}
+    stored = {name: snapshot(layers[canonical(name)]) for name in weights if canonical(name) in layers}
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
     unmerge_adapters(module)
 
     def merge_again() -> None:
         assert record is not None
-        for name, (parameter, weight) in stored.items():
+        for name, restore in stored.items():
             layer = layers[canonical(name)]
-            assert isinstance(layer, AdaptedLayer)
-            detach_adapters(layer)
-            if isinstance(layer, QuantizedLayer):
-                exchange(layer, parameter)
-            parameter.data = weight
+            if isinstance(layer, AdaptedLayer):
+                detach_adapters(layer)
+            restore()
         thaw(module, record)
         for parameter, requires_grad, grad in flags:
             parameter.requires_grad_(requires_grad)
@@ -236,6 +293,8 @@ def _unfold(module: nn.Module, record: Record, merged: MergedState) -> None:
     layers = {canonical(name): child for name, child in module.named_modules()}
     for name, kept in merged.weights.items():
         put_back(layers[canonical(name)], kept)
+        if name not in merged.adapters:
+            continue
         layer = attach_adapter(layers[canonical(name)], next(iter(merged.adapters[name])))
         layer.adapters = merged.adapters[name].to(layer.weight.device).train(layer.training)
         layer.active = merged.active[name]

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_lora.layers import AdaptedLayer
-
 if TYPE_CHECKING:
     from rich.console import Group
 
@@ -24,13 +22,16 @@ class MergedLayer:
         name: Dotted name.
         update: Frobenius norm of the update ``scaling * B A``.
         weight: Frobenius norm of the base weight.
-        error: ``|merged - base - update| / |update|``: what rounding to the weight's dtype costs.
+        error: ``|merged - base - update| / |update|``: what rounding to the weight's dtype, or to codes, costs.
+        shift: ``|base - live base| / |update|``: how far the weight that the update was added to is from the one that
+            the adapters were trained on. 0 unless the merge was into the original weights.
     """
 
     name: str
     update: float
     weight: float
     error: float
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class MergeReport:
         layers: One entry per merged layer.
         relative_error: Error over all layers, in units of the update.
         source: ``"last"`` or ``"best"``.
+        base: What the update was added to, see :class:`~lightning_lora.MergeConfig`; of a dense base the base itself.
         dtype: Dtype of the merged weights: of the artifact, where one was written.
         output_difference: Of the live module, see :class:`OutputDifference`. None where no batch had been seen, where
             the live module's dtype can't hold the merge, or where the module gives other outputs at every call.
@@ -65,6 +67,7 @@ class MergeReport:
     layers: tuple[MergedLayer, ...]
     relative_error: float
     source: str = "last"
+    base: str = "dequantized"
     dtype: str = "float32"
     output_difference: OutputDifference | None = None
     folder: str | None = None
@@ -86,14 +89,17 @@ class MergeReport:
         from rich.console import Group
         from rich.table import Table
 
-        table = Table(title=f"merged {self.source} adapters ({self.dtype})", title_justify="left")
+        into = "" if self.base == "dequantized" else f", {self.base} base"
+        table = Table(title=f"merged {self.source} adapters ({self.dtype}{into})", title_justify="left")
         table.add_column("layer", overflow="fold")
-        for header in ("|update|", "|update|/|weight|", "error/|update|"):
+        shifted = any(layer.shift for layer in self.layers)
+        for header in ("|update|", "|update|/|weight|", "error/|update|", *["base moved by/|update|"] * shifted):
             table.add_column(header, justify="right", no_wrap=True)
         worst = sorted(self.layers, key=lambda layer: -layer.error)[:8]
         for layer in worst:
             share = layer.update / layer.weight if layer.weight else math.inf
-            table.add_row(layer.name, f"{layer.update:.3g}", f"{share:.2%}", f"{layer.error:.1e}")
+            moved = [f"{layer.shift:.1e}"] * shifted
+            table.add_row(layer.name, f"{layer.update:.3g}", f"{share:.2%}", f"{layer.error:.1e}", *moved)
         lines = [
             f"{len(self.layers)} layers, worst first; error over all layers {self.relative_error:.1e} of the update"
         ]
@@ -116,16 +122,18 @@ class Norms:
     update: float = 0.0
     layers: list[MergedLayer] = field(default_factory=list)
 
-    def add(self, name: str, layer: AdaptedLayer, update: Tensor, stored: Tensor) -> None:
-        """Count the merged weight ``stored`` of a layer in."""
-        base = layer.weight_matrix().detach().to(update.dtype)
+    def add(self, name: str, *, base: Tensor, update: Tensor, stored: Tensor, shift: Tensor | None = None) -> None:
+        """Count the merged weight ``stored`` of a layer in; ``shift`` is how far ``base`` is from the live one."""
         # The difference of two close floating-point numbers is exact (Sterbenz), so fp32 shows the rounding of fp32.
         error = torch.linalg.vector_norm((stored.to(update.dtype) - base).sub_(update)).item()
         size = torch.linalg.vector_norm(update).item()
         self.error += error**2
         self.update += size**2
         weight = torch.linalg.vector_norm(base).item()
-        self.layers.append(MergedLayer(name, size, weight, error / size if size else 0.0))
+        moved = 0.0 if shift is None else torch.linalg.vector_norm(shift).item()
+        self.layers.append(
+            MergedLayer(name, size, weight, error / size if size else 0.0, moved / size if size else 0.0)
+        )
 
     @property
     def relative_error(self) -> float:

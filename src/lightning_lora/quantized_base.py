@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Set
 
 import torch
@@ -12,12 +13,14 @@ from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import QuantizationError, TargetNotFoundError
 from lightning_lora.fresh import is_pretrained_model
 from lightning_lora.quantization.config import QuantizationConfig
-from lightning_lora.quantization.conversion import quantize_layers
+from lightning_lora.quantization.conversion import quantize_layer, quantize_layers
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.record import Record
+from lightning_lora.streaming import stream_weights
 from lightning_lora.targets import Pattern, select_targets
 from lightning_lora.targets.patterns import canonical
 from lightning_lora.targets.selection import Selection
+from lightning_lora.weight_files import WeightFiles
 
 
 def quantize_base(
@@ -29,6 +32,7 @@ def quantize_base(
     saved: Set[str],
     strict: bool,
     device: torch.device | None = None,
+    files: WeightFiles | None = None,
 ) -> None:
     """Quantize the frozen linear layers of ``module`` that are dense, and note it in ``record``.
 
@@ -39,6 +43,7 @@ def quantize_base(
         quantization: The format.
         saved: Names of modules that are trained in full.
         strict: False leaves weights without values, and patterns that match nothing, for later.
+        files: What tensors without values are filled from; the layers to quantize never exist dense then.
         device: Where to quantize, as in :func:`~lightning_lora.quantization.conversion.quantize_layers`.
 
     Raises:
@@ -46,7 +51,7 @@ def quantize_base(
         TargetNotFoundError: If a pattern of ``skip_modules`` matches nothing.
         ValueError: If the base was quantized in another format, or has adapters already.
     """
-    _check(record, quantization)
+    _check(module, record, quantization)
     if strict:
         _refuse_idle_patterns(module, quantization)
     selection = _candidates(module, config, quantization, saved)
@@ -61,6 +66,10 @@ def quantize_base(
     for name in names:
         if module.get_submodule(name).weight.requires_grad:
             record.was_trainable.add(canonical(f"{name}.weight"))
+    if files is not None:
+        quantize = functools.partial(quantize_layer, config=quantization, device=device)
+        stream_weights(module, files, quantize=quantize, names=names)
+        names = [name for name in names if not isinstance(module.get_submodule(name), QuantizedLayer)]
     quantize_layers(module, names, quantization, device=device)
     record.quantization = quantization
 
@@ -77,11 +86,10 @@ def describe_quantized(module: nn.Module) -> Iterator[str]:
         yield f"{len(layers)} linear layers stored as {form}: {stored / 1e6:,.1f} MB instead of {dense / 1e6:,.1f} MB"
 
 
-def _check(record: Record, quantization: QuantizationConfig) -> None:
-    if record.quantization not in (None, quantization):
-        raise ValueError(
-            f"The base is quantized already, with {record.quantization}; another format needs a new module."
-        )
+def _check(module: nn.Module, record: Record, quantization: QuantizationConfig) -> None:
+    stored = (child.stored_as for child in module.modules() if isinstance(child, QuantizedLayer))
+    for found in {record.quantization, *stored} - {None, quantization}:
+        raise ValueError(f"The base is quantized already, with {found}; another format needs a new module.")
     if record.configs and record.quantization is None:
         raise ValueError(
             "The layers have adapters already: quantize with the first injection, or build the module anew."
@@ -121,7 +129,11 @@ def _kept_wide(module: nn.Module) -> set[str]:
         if is_pretrained_model(child):
             parts = {*(getattr(child, "_keep_in_fp32_modules", None) or ())}
             parts |= {*(getattr(child, "_keep_in_fp32_modules_strict", None) or ())}
-            found |= {f"{name}.{path}".lstrip(".") for path, _ in child.named_modules() if parts & {*path.split(".")}}
+            found |= {
+                f"{name}.{path}".lstrip(".")
+                for path, _ in child.named_modules()
+                if any(f".{part}." in f".{path}.weight." for part in parts)
+            }
     return found
 
 

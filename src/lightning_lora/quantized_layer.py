@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.errors import QuantizationError
+
 
 class QuantizedLayer(nn.Module):
     """A linear layer with codes in the place of its weight; :mod:`lightning_lora.quantization` makes them.
@@ -18,7 +20,9 @@ class QuantizedLayer(nn.Module):
         in_features: Columns of the dense weight.
         out_features: Rows of the dense weight.
         compute_dtype: Dtype of the product; None: autocast's under autocast, else the input's.
-        dense_dtype: Dtype of the dense weight that was quantized.
+        dense_dtype: Dtype of the dense weight: of the one that was quantized, until the module is cast.
+        stored_as: The ``QuantizationConfig`` of a layer that this package quantized; None: it was found so.
+        parameter_class: Type of the parameter that holds the codes.
     """
 
     in_features: int
@@ -26,14 +30,24 @@ class QuantizedLayer(nn.Module):
     weight: Any
     compute_dtype: torch.dtype | None
     dense_dtype: torch.dtype
+    stored_as: Any = None
+    parameter_class: type[nn.Parameter]
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight that the codes stand for: a new tensor, ``(out_features, in_features)``, rounded once."""
 
     @abstractmethod
+    def codes_of(self, weight: Tensor) -> nn.Parameter:
+        """Another dense weight ``(out_features, in_features)`` as codes in the format of this layer.
+
+        Raises:
+            QuantizationError: If a value is not finite.
+        """
+
     def requantize(self, weight: Tensor) -> None:
         """Take another dense weight ``(out_features, in_features)``, in the same format."""
+        self.weight = self.codes_of(weight)
 
     @abstractmethod
     def constants(self) -> dict[str, Tensor]:
@@ -68,17 +82,23 @@ class QuantizedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Codes move, but are never cast: those that are stored as floating-point numbers would be rounded.
         weight = self.weight
+        dense = fn(torch.empty(0, dtype=self.dense_dtype, device=weight.device))
 
         def move(tensor: Tensor) -> Tensor:
-            if tensor is not weight:
-                return fn(tensor)
-            device = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).device
-            moved: Tensor = weight.data.to(device)
+            moved: Tensor = weight.data.to(dense.device) if tensor is weight else fn(tensor)
             return moved
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         self._move_constants(self.weight.device)
+        self.dense_dtype = dense.dtype
         return self
+
+    @override
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # Unpickled parameters are plain ones, whatever they were, and a deep copy of such a one has no scales.
+        if type(self.weight) is nn.Parameter:
+            self.weight.__class__ = self.parameter_class
 
     @override
     def _load_from_state_dict(
@@ -99,7 +119,10 @@ class QuantizedLayer(nn.Module):
         nn.Module._load_from_state_dict(self, rest, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs)
         missing_keys += [key for key in absent if key != f"{prefix}weight" or "weight" not in own]
         if "weight" in own:
-            error_msgs += [f"{prefix}weight: {error}" for error in self._take(own)]
+            try:
+                error_msgs += [f"{prefix}weight: {error}" for error in self._take(own)]
+            except QuantizationError as error:
+                error_msgs.append(f"{prefix}weight: {error}")
 
 
 def dense_numel(parameter: Tensor) -> int:

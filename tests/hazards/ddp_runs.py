@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lightning_lora import MergeConfig
+from lightning_lora import MergeConfig, QuantizationConfig, UnsupportedSetupError
 from tests.conftest import WIDTH, TinyModule, make_loader
 from tests.hazards.runs import digest, lora, metric, trained
 from tests.states import adapters_of, base_of
@@ -188,6 +188,20 @@ def unwritable_merge(folder: Path) -> Result:
     return {"error": None}
 
 
+def quantized(folder: Path, seed: int = 0) -> Result:
+    module, callback = TinyModule(seed=seed), lora()
+    callback.quantization = QuantizationConfig(double_quant=True)
+    try:
+        fit(trainer_for(folder, callback), module)
+    except UnsupportedSetupError as error:
+        return {"error": str(error)}
+    return {**seen(module), "error": None}
+
+
+def other_quantized_base(folder: Path) -> Result:
+    return quantized(folder, seed=RANK)
+
+
 RUNS: list[Callable[[Path], Result]] = [
     start,
     whole,
@@ -200,6 +214,8 @@ RUNS: list[Callable[[Path], Result]] = [
     merge_with_logger,
     failing_merge,
     unwritable_merge,
+    quantized,
+    other_quantized_base,
     unused_without_search,
 ]
 

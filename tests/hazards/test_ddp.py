@@ -69,13 +69,13 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("run", ["start", "whole", "parts", "other_base", "lazy", "unused"])
+@pytest.mark.parametrize("run", ["start", "whole", "parts", "other_base", "lazy", "unused", "quantized"])
 def test_adapters_and_base_are_identical_on_all_ranks_without_a_seed(ranks: Any, run: str) -> None:
     assert ranks[0][run]["adapters"] == ranks[1][run]["adapters"]
     assert ranks[0][run]["base"] == ranks[1][run]["base"]
 
 
-@pytest.mark.parametrize("run", ["whole", "parts", "other_base", "lazy"])
+@pytest.mark.parametrize("run", ["whole", "parts", "other_base", "lazy", "quantized"])
 def test_every_adapter_trains(ranks: Any, run: str) -> None:
     assert [rank[run]["trained"] for rank in ranks] == [True, True]
 
@@ -99,6 +99,11 @@ def test_checkpoints_hold_adapters_only_under_clean_keys(ranks: Any) -> None:
 
 def test_a_wrong_base_is_refused_on_every_rank(ranks: Any) -> None:
     assert [rank["wrong_base"]["error"] for rank in ranks] == ["BaseMismatchError"] * 2
+
+
+def test_quantized_bases_that_differ_are_refused_on_every_rank(ranks: Any) -> None:
+    assert ["different quantized bases" in rank["other_quantized_base"]["error"] for rank in ranks] == [True, True]
+    assert "compared with rank 0, the values of" in ranks[1]["other_quantized_base"]["error"]
 
 
 def test_a_target_layer_that_is_not_used_is_warned_of_and_the_others_train(ranks: Any) -> None:

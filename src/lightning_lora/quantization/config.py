@@ -59,7 +59,7 @@ class QuantizationConfig:
             ("compute_dtype", self.compute_dtype, (None, *COMPUTE_DTYPES)),
             ("storage_dtype", self.storage_dtype, tuple(STORAGE_DTYPES)),
         ):
-            if isinstance(value, bool) or value not in allowed:
+            if isinstance(value, (bool, float)) or value not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
         if not isinstance(self.double_quant, bool):
             raise ValueError(f"double_quant must be True or False, got {self.double_quant!r}.")

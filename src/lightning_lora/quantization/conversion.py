@@ -13,7 +13,7 @@ from lightning_lora.quantization.config import COMPUTE_DTYPES, STORAGE_DTYPES, Q
 from lightning_lora.quantized_layer import QuantizedLayer
 
 _FOREIGN = "_lightning_lora_was"  # on a layer of bitsandbytes: its class and the attributes that were taken off it
-_SETTINGS = ("dense_dtype", "compute_dtype")
+_SETTINGS = ("dense_dtype", "compute_dtype", "stored_as")
 
 
 def quantize_layers(
@@ -47,7 +47,8 @@ def quantize_layers(
 def _unfit(weight: Tensor) -> str | None:
     if weight.is_meta:
         return "its weight has no values (it is on the meta device)"
-    return None if torch.isfinite(weight).all() else "its weight holds values that are not finite"
+    extremes = torch.stack(torch.aminmax(weight.detach())).float()  # codes have scales in fp32
+    return None if torch.isfinite(extremes).all() else "its weight holds values that are not finite"
 
 
 def quantize_layer(
@@ -76,7 +77,8 @@ def quantize_layer(
         }
         codes, cls = four_bit.quantize(weight, settings), four_bit.QuantizedLinear4bit
     compute_dtype = None if config.compute_dtype is None else COMPUTE_DTYPES[config.compute_dtype]
-    become_quantized(layer, cls, codes, dense_dtype=weight.dtype, compute_dtype=compute_dtype)
+    layer.weight.requires_grad_(False)  # an optimizer may hold it: one without gradients is taken out there
+    become_quantized(layer, cls, codes, dense_dtype=weight.dtype, compute_dtype=compute_dtype, stored_as=config)
 
 
 def become_quantized(layer: nn.Module, cls: type[QuantizedLayer], codes: Tensor, **settings: Any) -> None:
@@ -89,11 +91,18 @@ def become_quantized(layer: nn.Module, cls: type[QuantizedLayer], codes: Tensor,
 def become_dense(layer: nn.Module, weight: nn.Parameter) -> tuple[type[QuantizedLayer], Tensor, dict[str, Any]]:
     """Make a quantized layer a plain ``nn.Linear`` with ``weight``; returns what :func:`become_quantized` needs."""
     assert isinstance(layer, QuantizedLayer)
-    settings = {key: layer.__dict__.pop(key) for key in (*_SETTINGS, _FOREIGN) if key in vars(layer)}
+    settings = settings_of(layer)
+    for key in settings:
+        del layer.__dict__[key]
     codes, cls = layer.weight, type(layer)
     layer.__class__ = nn.Linear  # type: ignore[assignment]
     layer.weight = weight
     return cls, codes, settings
+
+
+def settings_of(layer: nn.Module) -> dict[str, Any]:
+    """What :func:`become_quantized` was given beside class and codes."""
+    return {key: vars(layer)[key] for key in (*_SETTINGS, _FOREIGN) if key in vars(layer)}
 
 
 def adopt_foreign(module: nn.Module) -> list[str]:
@@ -103,7 +112,8 @@ def adopt_foreign(module: nn.Module) -> list[str]:
         Names of all quantized layers of the module.
 
     Raises:
-        QuantizationError: If an evaluation has repacked a layer's codes for another kernel: they are of no use now.
+        QuantizationError: If an evaluation has repacked a layer's codes for another kernel: they are of no use now; or
+            if a layer's forward is not that of bitsandbytes.
     """
     found = []
     for name, child in list(module.named_modules()):
@@ -149,6 +159,7 @@ def foreign_kind(module: nn.Module) -> str | None:
 def _adopt(name: str, layer: Any, kind: str) -> None:
     codes: Any
     cls: type[QuantizedLayer]
+    _refuse_own_forward(name, layer, kind)
     if kind == "Linear4bit":
         from lightning_lora.quantization import four_bit
 
@@ -170,8 +181,21 @@ def _adopt(name: str, layer: Any, kind: str) -> None:
     become_quantized(layer, cls, codes, dense_dtype=dense_dtype, compute_dtype=compute_dtype, **{_FOREIGN: was})
 
 
+def _refuse_own_forward(name: str, layer: nn.Module, kind: str) -> None:
+    definer = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
+    if getattr(vars(layer).get("forward"), "__func__", None) is vars(definer)["forward"]:
+        del layer.__dict__["forward"]  # accelerate leaves it when it takes its hook off
+    if "forward" in vars(layer) or definer.__module__ != "bitsandbytes.nn.modules":
+        raise QuantizationError(
+            f"{name!r} is a {kind} of bitsandbytes with a forward of its own (a subclass, or a hook of accelerate), "
+            "which an adapter can't replace. Load the model onto one device (device_map={'': 0}), or take the hooks "
+            "off with accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+        )
+
+
 def _refuse_repacked(name: str, layer: nn.Module) -> None:
-    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+    # False where a state_dict() has put the codes back, whose scales are rounded or in another order since.
+    if hasattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu"):
         raise QuantizationError(
             f"{name!r} was evaluated before, and bitsandbytes repacked its 4-bit weight for that, in a form that can't "
             "be trained or merged. Load the model anew and evaluate it with lightning_lora, or set "

@@ -24,6 +24,7 @@ class QuantizedLinear8bit(QuantizedLayer, Linear8bitLt):
     """A frozen linear layer in 8 bits. ``weight`` holds the codes, ``(out_features, in_features)``, int8."""
 
     weight: Int8Params
+    parameter_class = Int8Params
 
     @property
     def state(self) -> MatmulLtState:  # type: ignore[override]
@@ -43,8 +44,8 @@ class QuantizedLinear8bit(QuantizedLayer, Linear8bitLt):
         return torch.mul(self.weight.data, scales, out=torch.empty_like(self.weight.data, dtype=dtype))
 
     @override
-    def requantize(self, weight: Tensor) -> None:
-        self.weight = quantize(weight.to(self.weight.device))
+    def codes_of(self, weight: Tensor) -> Int8Params:
+        return quantize(weight.to(self.weight.device))
 
     @override
     def constants(self) -> dict[str, Tensor]:
@@ -68,11 +69,11 @@ class QuantizedLinear8bit(QuantizedLayer, Linear8bitLt):
 
     @override
     def _take(self, saved: dict[str, Tensor]) -> list[str]:
-        found, scales = saved["weight"].detach(), saved.get("SCB")
+        found, scales = saved["weight"].detach().as_subclass(Tensor), saved.get("SCB")
         if tuple(found.shape) != (self.out_features, self.in_features):
             return [f"{tuple(found.shape)} in the file and {tuple(self.weight.shape)} here"]
         if found.is_floating_point():
-            self.requantize(found)
+            self.requantize(found.to(self.dense_dtype))
         elif found.dtype != torch.int8 or scales is None or scales.shape != self.weight.SCB.shape:
             return [f"{found.dtype} in the file, without the scales of 8-bit codes beside it"]
         else:

@@ -14,22 +14,23 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.errors import QuantizationError
 from lightning_lora.quantization.product import product
 from lightning_lora.quantized_layer import QuantizedLayer
 
-# Without a GPU bitsandbytes quantizes with torch operations that take 20 bytes a value for a moment. A multiple of
-# all block sizes, so that the codes are those of the whole weight in one go.
-_CHUNK = 2**17
+# Without a GPU bitsandbytes quantizes with torch operations that take 20 bytes a value for a moment, and what is freed in
+# pieces above 128 KiB glibc keeps. A multiple of all block sizes: the codes are those of the whole weight in one go.
+_CHUNK = 2**14
 
 
 class QuantizedLinear4bit(QuantizedLayer, Linear4bit):
     """A frozen linear layer in 4 bits. ``weight`` holds the codes, ``(in_features * out_features / 2, 1)``, uint8."""
 
     weight: Params4bit
+    parameter_class = Params4bit
 
     @property
     def quant_state(self) -> Any:  # type: ignore[override]
@@ -48,8 +49,8 @@ class QuantizedLinear4bit(QuantizedLayer, Linear4bit):
         return dense.to(dtype)
 
     @override
-    def requantize(self, weight: Tensor) -> None:
-        self.weight = quantize(weight.to(self.weight.device), _settings(self.weight))
+    def codes_of(self, weight: Tensor) -> Params4bit:
+        return quantize(weight.to(self.weight.device), _settings(self.weight))
 
     @override
     def constants(self) -> dict[str, Tensor]:
@@ -81,11 +82,11 @@ class QuantizedLinear4bit(QuantizedLayer, Linear4bit):
 
     @override
     def _take(self, saved: dict[str, Tensor]) -> list[str]:
-        found = saved.pop("weight").detach()
+        found = saved.pop("weight").detach().as_subclass(Tensor)
         if not saved:
             if tuple(found.shape) != (self.out_features, self.in_features) or not found.is_floating_point():
                 return [f"{tuple(found.shape)} {found.dtype} in the file is neither a weight nor codes of it"]
-            self.requantize(found)
+            self.requantize(found.to(self.dense_dtype))
             return []
         device, old = self.weight.device, self.weight.quant_state
         parts = {name.removeprefix("weight."): value for name, value in saved.items()}
@@ -93,9 +94,14 @@ class QuantizedLinear4bit(QuantizedLayer, Linear4bit):
             state = QuantState.from_dict(parts, device=device)
         except (KeyError, ValueError, AttributeError, AssertionError, StopIteration) as error:
             return [f"the constants of its codes can't be read ({type(error).__name__}: {error})"]
-        if (tuple(state.shape), state.quant_type) != (tuple(old.shape), old.quant_type):
-            return [f"codes of {tuple(state.shape)} in {state.quant_type}; here {tuple(old.shape)} in {old.quant_type}"]
-        self.weight = _parameter(found.to(device, copy=True), state)
+        if _form(state) != _form(old):
+            return [f"codes of {_form(state)} in the file; here {_form(old)}"]
+        codes = found.to(device, copy=True).contiguous().view(-1).view(torch.uint8)
+        size = (self.in_features * self.out_features + 1) // 2
+        if not 0 <= len(codes) - size < found.element_size():
+            return [f"{len(codes)} bytes of codes in the file; {size} are needed"]
+        padded = nn.functional.pad(codes[:size], (0, -size % self.weight.element_size()))
+        self.weight = _parameter(padded.view(self.weight.dtype).unsqueeze(1), state)
         return []
 
 
@@ -110,20 +116,21 @@ def quantize(weight: Tensor, settings: dict[str, Any]) -> Params4bit:
         QuantizationError: If a value is not finite: its whole block would be lost.
     """
     flat = weight.detach().contiguous().view(-1)
-    codes, scales = [], []
-    for chunk in torch.split(flat, _CHUNK if flat.device.type == "cpu" else flat.numel()):
-        code, scale = torch.ops.bitsandbytes.quantize_4bit.default(
-            chunk.float() if chunk.dtype == torch.float64 else chunk,
-            settings["blocksize"],
-            settings["quant_type"],
-            torch.uint8,
+    block, kind, storage = settings["blocksize"], settings["quant_type"], settings["quant_storage"]
+    size = _CHUNK if flat.device.type == "cpu" else flat.numel()
+    room = -(-flat.numel() // 2)
+    codes = torch.zeros(room + -room % storage.itemsize, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=flat.device)
+    for start in range(0, flat.numel(), size):
+        chunk = flat[start : start + size]
+        part, scales = torch.ops.bitsandbytes.quantize_4bit.default(
+            chunk.float() if chunk.dtype == torch.float64 else chunk, block, kind, torch.uint8
         )
-        codes.append(code.view(-1))
-        scales.append(scale)
-    absmax = torch.cat(scales)
+        codes[start // 2 :][: part.numel()] = part.view(-1)
+        absmax[start // block :][: scales.numel()] = scales
     if not torch.isfinite(absmax).all():
         raise QuantizationError("its weight holds values that are not finite")
-    return _parameter(_as_storage(codes, settings["quant_storage"]), _describe(weight, absmax, settings))
+    return _parameter(codes.view(storage).unsqueeze(1), _describe(weight, absmax, settings))
 
 
 def adopt(weight: Params4bit) -> Params4bit:
@@ -135,12 +142,8 @@ def adopt(weight: Params4bit) -> Params4bit:
     if weight.quant_state is None:
         return quantize(weight.data, _settings(weight))
     weight.module = None  # a copy of the weight would keep the layer that it was copied from
+    weight.__class__ = Params4bit  # a plain nn.Parameter after unpickling
     return weight
-
-
-def _as_storage(codes: list[Tensor], dtype: torch.dtype) -> Tensor:
-    missing = -sum(code.numel() for code in codes) % dtype.itemsize
-    return torch.cat([*codes, codes[0].new_zeros(missing)]).view(dtype).unsqueeze(1)
 
 
 def _describe(weight: Tensor, absmax: Tensor, settings: dict[str, Any]) -> QuantState:
@@ -160,6 +163,12 @@ def _describe(weight: Tensor, absmax: Tensor, settings: dict[str, Any]) -> Quant
         state.absmax, state.state2 = bnb.functional.quantize_blockwise(absmax - state.offset, blocksize=256)
         state.nested = True
     return state
+
+
+def _form(state: QuantState) -> str:
+    """What codes and their description have to have in common with those that they replace."""
+    shapes = [tuple(state.absmax.shape), *([tuple(state.state2.absmax.shape)] if state.nested else [])]
+    return f"{state.quant_type}, {tuple(state.shape)} in blocks of {state.blocksize}, constants {shapes}"
 
 
 def _parameter(codes: Tensor, state: QuantState) -> Params4bit:

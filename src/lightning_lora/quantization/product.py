@@ -31,7 +31,7 @@ def product(input: Tensor, layer: QuantizedLayer) -> Tensor:
             "the layer's weight, which is that of the codes now. Name the layer in QuantizationConfig.skip_modules."
         )
     kind = input.device.type
-    autocast = torch.is_autocast_enabled(kind)
+    autocast = torch.is_autocast_enabled(kind) and input.dtype != torch.float64  # which autocast leaves alone
     dtype = layer.compute_dtype or (torch.get_autocast_dtype(kind) if autocast else input.dtype)
     with torch.autocast(kind, enabled=False):
         output: Tensor = _FrozenProduct.apply(input.to(dtype), layer)  # type: ignore[no-untyped-call]
@@ -43,10 +43,15 @@ def product(input: Tensor, layer: QuantizedLayer) -> Tensor:
 class _FrozenProduct(torch.autograd.Function):
     """``input @ W.T`` that keeps neither the input nor the dense weight: a frozen weight needs no gradient."""
 
+    generate_vmap_rule = True  # torch.func works with it, as with nn.Linear
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, layer: QuantizedLayer) -> Tensor:
-        ctx.layer = layer
+    def forward(input: Tensor, layer: QuantizedLayer) -> Tensor:
         return F.linear(input, layer.dequantize(input.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, QuantizedLayer], output: Tensor) -> None:
+        ctx.layer = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
