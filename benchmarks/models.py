@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PRECISIONS = ("bf16", "fp32", "bf16-mixed")
+QUANTIZATIONS: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "nf4": {"quant_type": "nf4"},
+    "nf4-double": {"quant_type": "nf4", "double_quant": True},
+}
 TARGETS: dict[str, str | list[str]] = {"all-linear": "all-linear", "q+v": ["q_proj", "v_proj"]}
 _PEFT_KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.(?P<factor>lora_[AB])\.default\.weight$")
 _OUR_KEY = re.compile(r"^(?P<layer>.+)\.adapters\.default\.(?P<factor>lora_[AB])$")
@@ -60,9 +66,10 @@ class Case:
     rank: int = 16
     batch: int = 2
     length: int = 256
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
-        for field, known in (("shape", SHAPES), ("precision", PRECISIONS), ("targets", TARGETS)):
+        for field, known in (("shape", SHAPES), ("precision", PRECISIONS), ("targets", TARGETS), ("quantization", QUANTIZATIONS)):
             if getattr(self, field) not in known:
                 raise ValueError(f"Case: {field}={getattr(self, field)!r} is unknown, choose of {[*known]}")
 
@@ -70,6 +77,11 @@ class Case:
     def dtype(self) -> torch.dtype:
         """Of the base weights."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the products with the base weights."""
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
     @property
     def alpha(self) -> float:
@@ -95,6 +107,32 @@ def share(base: nn.Module) -> nn.Module:
     of one.
     """
     return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
+
+
+def as_users_have_it(base: nn.Module, case: Case) -> nn.Module:
+    """The base that PEFT gets: as it is, or with bitsandbytes' layers, as transformers builds them."""
+    if case.quantization is None:
+        return base
+    from bitsandbytes.nn import Linear4bit
+
+    form, model = QUANTIZATIONS[case.quantization], share(base)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or name == "lm_head":
+            continue
+        quantized = Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=False,
+            compute_dtype=case.compute_dtype,
+            compress_statistics=form.get("double_quant", False),
+            quant_type=form["quant_type"],
+        )
+        quantized.weight.data = layer.weight.data
+        # Else the comparison of gradients, in eval mode, would make it repack its weight, and then compute in bf16.
+        quantized.support_avx512bf16_for_cpu = False
+        model.set_submodule(name, quantized.to("cpu"))
+    model.is_loaded_in_4bit = True  # what PEFT asks
+    return model
 
 
 def frozen_floor(base: nn.Module) -> nn.Module:
@@ -125,11 +163,12 @@ def with_peft(base: nn.Module, case: Case, *, cast_adapters: bool = True) -> nn.
 
 def with_ours(base: nn.Module, case: Case, *, like: nn.Module) -> nn.Module:
     """This package's adapters, holding the values of the PEFT model ``like``."""
-    from lightning_lora import LoRAConfig, inject_adapters
+    from lightning_lora import LoRAConfig, QuantizationConfig, inject_adapters
 
     model = share(base)
     config = LoRAConfig(rank=case.rank, alpha=case.alpha, dropout=case.dropout, target_modules=TARGETS[case.targets])
-    inject_adapters(model, config)
+    form = QUANTIZATIONS[case.quantization]
+    inject_adapters(model, config, quantization=QuantizationConfig(**form) if form else None)
     copy_adapters(like, model)
     return model.train()
 

@@ -24,12 +24,13 @@ from benchmarks import harness, models, record, training
 
 def build_variants(case: models.Case) -> dict[str, nn.Module]:
     """The models of one row. ``peft-twin`` is ``peft`` built a second time, for the harness's self-test."""
-    base = models.build_base(case)
+    dense = models.build_base(case)
+    base = models.as_users_have_it(dense, case)
     peft = models.with_peft(base, case)
     variants = {"peft": peft, "peft-twin": models.with_peft(base, case)}
     if case.precision == "bf16":  # over an fp32 base PEFT has this one mode only
         variants["peft-best"] = models.with_peft(base, case, cast_adapters=False)
-    variants["ours"] = models.with_ours(base, case, like=peft)
+    variants["ours"] = models.with_ours(dense, case, like=peft)
     variants["frozen"] = models.frozen_floor(base)
     return variants
 
@@ -71,6 +72,7 @@ def cases(arguments: argparse.Namespace) -> Iterable[models.Case]:
             rank=arguments.rank,
             batch=arguments.batch,
             length=arguments.length,
+            quantization=arguments.quantization,
         )
 
 
@@ -106,6 +108,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", default=list(models.PRECISIONS), choices=list(models.PRECISIONS))
     parser.add_argument("--targets", nargs="+", default=list(models.TARGETS), choices=list(models.TARGETS))
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.05])
+    parser.add_argument("--quantization", choices=[name for name in models.QUANTIZATIONS if name])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
@@ -132,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record.write(options.output, benchmark="step", environment=environment, settings=settings, rows=rows)
     what = "forward + backward + clip + AdamW" if options.optimizer else "forward + backward"
     sizes = f"{options.shape}, {options.batch}x{options.length} tokens, rank {options.rank}"
+    sizes += f", {options.quantization} base" if options.quantization else ""
     Console(width=170).print(table(rows, title=f"{what}, {sizes}, {clock} time"))
     return 0 if all(row["self_test"]["passed"] for row in rows) else 1
 

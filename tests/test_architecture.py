@@ -36,7 +36,17 @@ GROUPS = (
     ("quantized_base",),
     ("gradient_checkpointing",),
     ("injection", "originals"),
-    ("checkpoint", "merge", "merge_bases", "merge_changes", "merge_report", "export", "hyperparameters", "optimizers", "planning"),
+    (
+        "checkpoint",
+        "merge",
+        "merge_bases",
+        "merge_changes",
+        "merge_report",
+        "export",
+        "hyperparameters",
+        "optimizers",
+        "planning",
+    ),
     ("averaging", "callback", "fit_end", "guards", "hooks", "load", "optimizer_swap", "random_state", "tracking"),
     ("sft",),
     ("app",),
@@ -45,7 +55,7 @@ GROUPS = (
 LIGHTNING = {*GROUPS[7], "sft", "app"}
 OPTIONAL = {
     "huggingface_hub": {"weight_files"},
-    "transformers": {"fresh", "export", "merge", "targets", "sft"},
+    "transformers": {"fresh", "export", "merge", "planning", "targets", "sft"},
     "hydra": {"app"},
     "omegaconf": {"app", "hyperparameters", "load"},
     "wandb": set[str](),
@@ -55,7 +65,13 @@ OPTIONAL = {
     "peft": set[str](),
     "bitsandbytes": {"quantization", "optimizer_swap"},
 }
-ITS_OWN_DEPENDENCY = {("quantization", "bitsandbytes"), ("sft", "transformers"), ("app", "hydra"), ("app", "omegaconf")}
+ITS_OWN_DEPENDENCY = {
+    ("quantization", "bitsandbytes"),
+    ("optimizer_swap", "bitsandbytes"),
+    ("sft", "transformers"),
+    ("app", "hydra"),
+    ("app", "omegaconf"),
+}
 
 
 class Import(NamedTuple):

@@ -12,6 +12,8 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_lora import GradientCheckpointingConfig
+
 CONF = Path(__file__).parents[1] / "conf"
 ROOT_GROUPS = ("model", "data", "adapter", "callbacks", "trainer", "logger")
 OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
@@ -72,6 +74,21 @@ def test_a_run_without_model_and_data_is_refused_with_the_options_there_are() ->
 def test_a_misspelt_key_is_refused() -> None:
     with pytest.raises(ConfigCompositionException, match="rnak"):
         compose("experiment=tiny", "adapter.rnak=3")
+
+
+@pytest.mark.parametrize("option", [name for group, name in OPTIONS if group == "quantization"])
+def test_the_callback_gets_the_quantization_and_gradient_checkpointing_that_the_command_line_says(option: str) -> None:
+    config = compose("experiment=tiny", f"quantization={option}", "gradient_checkpointing=true")
+    callback = hydra.utils.instantiate(config.callbacks.lora)
+    assert callback.quantization.double_quant is (option == "nf4_double")
+    assert callback.quantization.quant_type == option.removesuffix("_double")
+    assert callback.gradient_checkpointing == GradientCheckpointingConfig()
+
+
+def test_gradient_checkpointing_takes_fields_from_the_command_line() -> None:
+    callback = hydra.utils.instantiate(compose("experiment=tiny", "gradient_checkpointing={every_n: 2}").callbacks.lora)
+    assert callback.gradient_checkpointing == GradientCheckpointingConfig(every_n=2)
+    assert callback.quantization is None
 
 
 def test_the_command_line_wins_over_the_experiment() -> None:

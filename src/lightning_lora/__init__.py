@@ -13,11 +13,18 @@ from lightning_lora.errors import (
     TargetNotFoundError,
     UnsupportedSetupError,
 )
+from lightning_lora.gradient_checkpointing import (
+    GradientCheckpointingConfig,
+    GradientCheckpointingReport,
+    disable_gradient_checkpointing,
+    enable_gradient_checkpointing,
+)
 from lightning_lora.injection import disable_adapters, inject_adapters, remove_adapters
 from lightning_lora.load import load_from_checkpoint
 from lightning_lora.lora import LoRAConfig
 from lightning_lora.merge import MergeConfig, merge_adapters, unmerge_adapters
 from lightning_lora.merge_report import MergedLayer, MergeReport, OutputDifference
+from lightning_lora.optimizer_swap import OptimizerConfig
 from lightning_lora.quantization.config import QuantizationConfig
 from lightning_lora.report import InjectionReport, LayerRow
 from lightning_lora.streaming import empty_weights
@@ -28,6 +35,8 @@ __all__ = [
     "AdapterMismatchError",
     "BaseMismatchError",
     "CheckpointError",
+    "GradientCheckpointingConfig",
+    "GradientCheckpointingReport",
     "InjectionReport",
     "LayerRow",
     "LightningLoRAError",
@@ -38,13 +47,16 @@ __all__ = [
     "MergeReport",
     "MergedLayer",
     "MissingDependencyError",
+    "OptimizerConfig",
     "OutputDifference",
     "QuantizationConfig",
     "QuantizationError",
     "TargetNotFoundError",
     "UnsupportedSetupError",
     "disable_adapters",
+    "disable_gradient_checkpointing",
     "empty_weights",
+    "enable_gradient_checkpointing",
     "inject_adapters",
     "load_from_checkpoint",
     "merge_adapters",

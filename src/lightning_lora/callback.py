@@ -19,6 +19,13 @@ from lightning_lora.checkpoint_file import MANIFEST
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.fit_end import check_merge, merge_at_fit_end
 from lightning_lora.frozen import keep_base_as_is
+from lightning_lora.gradient_checkpointing import (
+    GradientCheckpointingConfig,
+    as_gradient_checkpointing_config,
+    disable_gradient_checkpointing,
+    enable_gradient_checkpointing,
+    recomputed_blocks,
+)
 from lightning_lora.guards import check_still_frozen, check_trainer, explain, warn_of_eval_mode, warn_of_idle
 from lightning_lora.hooks import patch_checkpoints, patch_run, unpatch_run
 from lightning_lora.injection import extend_adapters
@@ -27,6 +34,7 @@ from lightning_lora.lightning_names import is_a
 from lightning_lora.lora import LoRAConfig
 from lightning_lora.merge import MergeConfig, is_merged, unmerge_adapters
 from lightning_lora.merge_report import MergeReport
+from lightning_lora.optimizer_swap import OptimizerConfig, as_optimizer_config, swap_optimizers
 from lightning_lora.optimizers import prune_frozen, require_matching_state, require_trainable
 from lightning_lora.quantization.config import QuantizationConfig, as_quantization_config
 from lightning_lora.random_state import forget_random_state, reach_epoch_start, resume_random_state
@@ -48,6 +56,10 @@ class LoRACallback(pl.Callback):
     Args:
         config: What to adapt; default: every linear layer, rank 8.
         quantization: Store the frozen linear layers of the base in 4 or 8 bits; None: leave them as they are.
+        gradient_checkpointing: Let blocks keep only their inputs for the backward pass of a fit, which computes the
+            rest again; a :class:`~lightning_lora.GradientCheckpointingConfig` says which. In train and in eval mode.
+        optimizer: Train with bitsandbytes' 8-bit or paged AdamW in the place of the module's own Adam or AdamW:
+            ``"adamw8bit"``, ``"paged_adamw8bit"``, ``"paged_adamw"``; see :class:`~lightning_lora.OptimizerConfig`.
         base_weights: Where a module that was built without values gets its weights from, see
             :func:`~lightning_lora.inject_adapters`.
         merge_on_fit_end: Write merged weights after the training and make the module plain with them; a
@@ -68,6 +80,8 @@ class LoRACallback(pl.Callback):
         config: LoRAConfig | None = None,
         *,
         quantization: QuantizationConfig | None = None,
+        gradient_checkpointing: bool | GradientCheckpointingConfig = False,
+        optimizer: str | OptimizerConfig | None = None,
         base_weights: str | Path | None = None,
         merge_on_fit_end: bool | MergeConfig = False,
         print_report: bool = True,
@@ -75,6 +89,8 @@ class LoRACallback(pl.Callback):
         super().__init__()
         self.config = _as_config(config)
         self.quantization = as_quantization_config(quantization)
+        self.gradient_checkpointing = as_gradient_checkpointing_config(gradient_checkpointing)
+        self.optimizer = as_optimizer_config(optimizer)
         self.base_weights = base_weights
         self.merge_config = _as_merge_config(merge_on_fit_end)
         self.print_report = print_report
@@ -91,15 +107,17 @@ class LoRACallback(pl.Callback):
                 check_merge(trainer, pl_module, self.merge_config)
             if is_merged(pl_module):
                 unmerge_adapters(pl_module)
-        inject = functools.partial(
-            extend_adapters,
+        checkpointing = self.gradient_checkpointing if stage == "fit" else None
+        prepare = functools.partial(
+            _prepare,
+            checkpointing=checkpointing,
             config=self.config,
             quantization=self.quantization,
             base_weights=self.base_weights,
             device=_quantizing_device(trainer),
         )
-        patch_run(trainer, pl_module, inject)
-        if not is_merged(pl_module) and inject(pl_module, strict=False) is not None:
+        patch_run(trainer, pl_module, prepare)
+        if not is_merged(pl_module) and prepare(pl_module, strict=False):
             patch_checkpoints(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -109,6 +127,8 @@ class LoRACallback(pl.Callback):
         optimizers = [o for o in trainer.optimizers if o.param_groups]
         if optimizers:
             prune_frozen(optimizers)
+            if self.optimizer is not None:
+                swap_optimizers(trainer, self.optimizer)
             require_trainable(pl_module, optimizers)
             warn_of_idle(optimizers)
             restored = getattr(trainer._checkpoint_connector, "_loaded_checkpoint", {})
@@ -118,6 +138,9 @@ class LoRACallback(pl.Callback):
                 resume_random_state(trainer, restored[MANIFEST]["random_state"])
         if self.print_report and trainer.is_global_zero and not trainer.barebones:
             _print(self.report)
+            recomputed = recomputed_blocks(pl_module)
+            if recomputed:
+                log.info("%d blocks are recomputed in backward, such as %s", len(recomputed), recomputed[0])
         if self.report is not None:
             log_run(trainer, hyperparameters=self.config.to_dict(), report=self.report)
 
@@ -214,11 +237,22 @@ class LoRACallback(pl.Callback):
         self._sample.forget()
         self._waiting = None
         forget_random_state(trainer)
+        if self.gradient_checkpointing is not None:
+            disable_gradient_checkpointing(pl_module)
         unpatch_run(trainer, pl_module)
 
     def _remember_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         record = find_record(pl_module)
         self.report = record.report if record is not None else None
+
+
+def _prepare(
+    module: pl.LightningModule, *, checkpointing: GradientCheckpointingConfig | None, strict: bool, **how: Any
+) -> bool:
+    """Let the blocks that are there be recomputed, and adapt their layers; returns whether anything is adapted."""
+    if checkpointing is not None:
+        enable_gradient_checkpointing(module, checkpointing, strict=strict)
+    return extend_adapters(module, strict=strict, **how) is not None
 
 
 def _quantizing_device(trainer: pl.Trainer) -> torch.device | None:

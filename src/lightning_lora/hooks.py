@@ -31,9 +31,9 @@ from lightning_lora.record import Record, find_record
 Method = Callable[..., Any] | None
 
 
-def patch_run(trainer: pl.Trainer, module: pl.LightningModule, inject: Callable[..., Any]) -> None:
+def patch_run(trainer: pl.Trainer, module: pl.LightningModule, prepare: Callable[..., Any]) -> None:
     """For the time of one run: inject after ``configure_model``, and read checkpoints with errors of our own."""
-    patch(module, "configure_model", _configure_model, inject)
+    patch(module, "configure_model", _configure_model, prepare)
     patch(trainer.strategy, "load_checkpoint", _load_checkpoint)
 
 
@@ -61,11 +61,11 @@ def save_as_the_module_would(module: pl.LightningModule, checkpoint: dict[str, A
     original(module, "on_save_checkpoint", previous)(checkpoint)
 
 
-def _configure_model(module: pl.LightningModule, previous: Method, inject: Callable[..., Any]) -> None:
+def _configure_model(module: pl.LightningModule, previous: Method, prepare: Callable[..., Any]) -> None:
     original(module, "configure_model", previous)()
     if not is_merged(module):
         try:
-            inject(module, strict=True)
+            prepare(module, strict=True)
         except Exception:
             withdraw_incomplete(module)
             raise

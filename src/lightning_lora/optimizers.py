@@ -76,7 +76,8 @@ def require_matching_state(optimizers: Sequence[Optimizer], checkpoint: Mapping[
         if index < len(kinds) and kinds[index] != kind:
             raise AdapterMismatchError(
                 f"The optimizer state in the checkpoint is of {kinds[index]}, the optimizer here is {kind}. Resume "
-                "with the same configure_optimizers, or load only the weights (load_from_checkpoint)."
+                "with the same configure_optimizers and the same optimizer= of LoRACallback, or load only the weights "
+                "(load_from_checkpoint)."
             )
         live = [len(group["params"]) for group in optimizer.param_groups]
         found = [len(group["params"]) for group in state["param_groups"]]

@@ -52,7 +52,7 @@ def stream_weights(
     """Give every tensor of ``module`` on the meta device its value from ``files``.
 
     Args:
-        module: Any module; tensors with values stay as they are.
+        module: Any module; parameters with values, and the buffers beside them, stay as they are.
         files: Their names are those of the module, of a module inside it, or of one that it is inside of.
         quantize: Gets a layer called in ``names`` and its dense weight.
         names: Layers to quantize.
@@ -77,12 +77,17 @@ def stream_weights(
 
 
 def _without_values(module: nn.Module) -> dict[str, list[Place]]:
-    """Persistent tensors on the meta device: first name -> everywhere that it is held."""
+    """Tensors of the state dict to fill: first name -> everywhere that it is held.
+
+    Buffers count, too, unless a parameter beside them has values: :func:`empty_weights` leaves the statistics of a norm
+    layer as they are in a new one.
+    """
     places: dict[int, tuple[str, list[Place]]] = {}
     for prefix, child in module.named_modules():
         persistent = {k: v for k, v in child._buffers.items() if k not in child._non_persistent_buffers_set}
+        wanted = not any(p is not None and not p.is_meta for p in child._parameters.values())
         for key, tensor in [*child._parameters.items(), *persistent.items()]:
-            if tensor is not None and tensor.is_meta:
+            if tensor is not None and (tensor.is_meta or (key in persistent and wanted)):
                 places.setdefault(id(tensor), (f"{prefix}.{key}".lstrip("."), []))[1].append((child, key))
     return dict(places.values())
 
@@ -109,7 +114,7 @@ def _refuse_missing(
                     f"The buffer {f'{prefix}.{key}'.lstrip('.')!r} has no values, and no file holds it. Build the "
                     "module within lightning_lora.empty_weights(), which gives only parameters no values."
                 )
-    missing = [name for name in places if name not in found]
+    missing = [name for name, held in places.items() if name not in found and getattr(*held[0]).is_meta]
     if missing:
         raise BaseMismatchError(
             f"{len(missing)} of {len(places)} tensors of {type(module).__name__} are not in {files.source}, such as "

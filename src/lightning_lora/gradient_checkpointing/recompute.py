@@ -1,0 +1,59 @@
+"""The forward of a recomputed block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lora.gradient_checkpointing.replay import KeptStatistics, ReplayedCache, is_cache, updating_norms
+from lightning_lora.patches import original
+
+
+def recomputed_forward(
+    block: nn.Module, previous: Callable[..., Any] | None, offload: bool, /, *args: Any, **kwargs: Any
+) -> Any:
+    """Call the block; where gradients are recorded, keep only its inputs and compute the rest again in backward.
+
+    Takes the place of ``block.forward`` by :func:`~lightning_lora.patches.patch`. Whether the block is in train mode
+    does not matter: ``from_pretrained`` returns models in eval mode, and Lightning leaves them in it.
+
+    Args:
+        block: The block.
+        previous: What stood in its ``__dict__`` before.
+        offload: Whether its inputs wait in CPU memory.
+        args: The block's own.
+        kwargs: The block's own.
+    """
+    forward = original(block, "forward", previous)
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # torch looks for tensors among positional arguments only: for the devices whose random state the recomputation
+    # needs, and for what it saves as autograd does (checked for changes in place, moved by saved-tensor hooks).
+    inputs = [ReplayedCache(value) if is_cache(value) else value for value in (*args, *kwargs.values())]
+    call = functools.partial(_call, forward, len(args), tuple(kwargs))
+    away = _device_of(inputs) if offload else None
+    with nullcontext() if away is None else save_on_cpu(pin_memory=away.type == "cuda", device_type=away.type):
+        return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=True, **_contexts(block))
+
+
+def _call(forward: Callable[..., Any], count: int, names: tuple[str, ...], *inputs: Any) -> Any:
+    values = [value.take() if isinstance(value, ReplayedCache) else value for value in inputs]
+    return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
+
+
+def _device_of(inputs: list[Any]) -> torch.device | None:
+    """The device of the inputs, if it is not the CPU."""
+    return next((v.device for v in inputs if isinstance(v, Tensor) and v.device.type != "cpu"), None)
+
+
+def _contexts(block: nn.Module) -> dict[str, Any]:
+    # A compiler takes no contexts; it recomputes single operations, and updates buffers once.
+    norms = [] if torch.compiler.is_compiling() else updating_norms(block)
+    return {"context_fn": lambda: (nullcontext(), KeptStatistics(norms))} if norms else {}

@@ -1,0 +1,251 @@
+"""What a recomputation does: the same numbers, whatever a block takes, returns and holds."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.gradient_checkpointing import GradientCheckpointingConfig, enable_gradient_checkpointing
+from tests.gradient_checkpointing.cases import (
+    Block,
+    adapt,
+    assert_same,
+    build,
+    call,
+    gradients,
+    loss_of,
+    recomputations,
+    rows,
+    saved_bytes,
+    stack,
+)
+
+
+def twins(module: nn.Module, **fields: Any) -> tuple[nn.Module, nn.Module]:
+    """The module without and with gradient checkpointing."""
+    twin = copy.deepcopy(module)
+    enable_gradient_checkpointing(twin, GradientCheckpointingConfig(**fields))
+    return module, twin
+
+
+def test_it_acts_exactly_when_gradients_are_recorded() -> None:
+    for training in (True, False):
+        plain, module = twins(stack().train(training))
+        assert saved_bytes(module, rows()) < saved_bytes(plain, rows())
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                assert saved_bytes(module, rows()) == 0
+
+
+def test_dropout_draws_the_same_masks_and_the_stream_goes_on_as_without() -> None:
+    plain, module = twins(stack(dropout=0.5))
+    expected = gradients(plain, rows(), seed=3)
+    after = torch.rand(1)
+    assert_same(gradients(module, rows(), seed=3), expected)
+    assert torch.equal(torch.rand(1), after)
+    other = gradients(module, rows(), seed=4)
+    assert any(not torch.equal(value, other[key]) for key, value in expected.items())  # the masks do matter
+
+
+def test_inputs_that_need_no_gradient_are_no_hindrance() -> None:
+    module = build("stack")
+    enable_gradient_checkpointing(module)
+    found = gradients(module, rows())
+    assert all(value is not None and value.abs().max() > 0 for value in found.values())
+
+
+def test_gradients_reach_the_inputs() -> None:
+    results = []
+    for module in twins(stack()):
+        x = rows()["input"].requires_grad_()
+        loss_of(module(x)).backward()
+        results.append(x.grad)
+    assert torch.equal(*results)
+
+
+def test_a_second_backward_through_the_same_graph_recomputes_again() -> None:
+    plain, module = twins(build("resnet"))
+    images = torch.linspace(-1, 1, 6 * 64).reshape(2, 3, 8, 8)
+    for each in (plain, module):
+        loss = loss_of(each(images))
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert_same(dict(_grads(module)), dict(_grads(plain)))
+    assert_same(dict(module.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_second_derivatives_are_those_without() -> None:
+    results = []
+    for module in twins(stack()):
+        x = rows()["input"].requires_grad_()
+        (first,) = torch.autograd.grad(loss_of(module(x)), x, create_graph=True)
+        first.square().sum().backward()
+        results.append(dict(_grads(module)))
+    assert_same(results[1], results[0])
+
+
+def _grads(module: nn.Module) -> list[tuple[str, Tensor | None]]:
+    return [(key, parameter.grad) for key, parameter in module.named_parameters()]
+
+
+@dataclass
+class Parts:
+    hidden: Tensor
+    rest: Tensor | None
+
+
+class Talkative(Block):
+    """Takes and returns everything that a block may."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, scale: float, mask: Tensor | None = None, pair: Any = None, block: Any = ()
+    ) -> Any:
+        y = super().forward(x) * scale
+        y = y if mask is None else y * mask
+        if pair is not None:
+            y = y + pair[0] * pair[1]
+        return (Parts(y, None), {"names": block, "sum": y.sum(-1)}, None)
+
+
+class Talk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Talkative(8) for _ in range(3))
+        self.side = nn.Parameter(torch.ones(8))
+
+    def forward(self, input: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for layer in self.layers:
+            parts, rest, nothing = layer(
+                input, scale=0.5, mask=(input > 0), pair=(self.side, self.side), block={"a": [1]}
+            )
+            assert nothing is None and parts.rest is None and rest["names"] == {"a": [1]}
+            input, total = parts.hidden, total + rest["sum"].sum()
+        return input * total
+
+
+def test_a_block_may_take_and_return_anything() -> None:
+    plain, module = twins(Talk())
+    assert_same(gradients(module, rows()), gradients(plain, rows()))
+    assert recomputations(module, rows()) == {f"layers.{i}": 1 for i in range(3)}
+
+
+class Loop(nn.Module):
+    """Calls its only pair of blocks again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(8, dropout=0.5), Block(8)])
+
+    def forward(self, input: Tensor) -> Tensor:
+        for _ in range(3):
+            for block in self.blocks:
+                input = block(input)
+        return input
+
+
+def test_a_block_that_is_called_several_times_is_recomputed_for_each_call() -> None:
+    plain, module = twins(Loop())
+    assert_same(gradients(module, rows()), gradients(plain, rows()))
+    assert recomputations(module, rows()) == {"blocks.0": 3, "blocks.1": 3}
+
+
+class Normed(Block):
+    """A block with a norm that keeps running statistics."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(8)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_are_updated_once(momentum: float | None, training: bool) -> None:
+    blocks = nn.Sequential(*(Normed(nn.BatchNorm1d(8, momentum=momentum)) for _ in range(2)))
+    plain, module = twins(blocks.train(training))
+    for _ in range(2):
+        assert_same(gradients(module, rows()), gradients(plain, rows()))
+    assert_same(dict(module.named_buffers()), dict(plain.named_buffers()))
+    assert int(module[0].norm.num_batches_tracked) == (2 if training else 0)  # type: ignore[index, union-attr]
+
+
+def test_running_statistics_stay_the_same_tensors() -> None:
+    module = nn.Sequential(*(Normed(nn.BatchNorm1d(8)) for _ in range(2)))
+    enable_gradient_checkpointing(module)
+    before = dict(module.named_buffers())
+    gradients(module, rows())
+    assert all(before[key] is buffer for key, buffer in module.named_buffers())
+
+
+def test_a_frozen_norm_keeps_its_statistics() -> None:
+    plain, module = twins(adapt(nn.Sequential(*(Normed(nn.BatchNorm1d(8)) for _ in range(2)))).train())
+    before = copy.deepcopy(dict(plain.named_buffers()))
+    assert_same(gradients(module, rows()), gradients(plain, rows()))
+    assert_same(dict(module.named_buffers()), before)
+
+
+def test_an_input_that_is_changed_in_place_later_is_an_error_and_no_wrong_gradient() -> None:
+    module = stack()
+    enable_gradient_checkpointing(module, GradientCheckpointingConfig(blocks="1"))
+    hidden = module[0](rows()["input"])  # type: ignore[index]
+    output = module[1](hidden)  # type: ignore[index]
+    hidden.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_an_input_by_name_is_guarded_as_well() -> None:
+    module = stack()
+    enable_gradient_checkpointing(module, GradientCheckpointingConfig(blocks="1"))
+    hidden = module[0](rows()["input"])  # type: ignore[index]
+    output = module[1](x=hidden)  # type: ignore[index]
+    hidden.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_hooks_of_the_user_on_a_block_run_once() -> None:
+    module, seen = stack(), []
+    enable_gradient_checkpointing(module)
+    module[1].register_forward_hook(lambda *_: seen.append(1))  # type: ignore[index]
+    loss_of(call(module, rows())).backward()
+    assert seen == [1]
+
+
+def test_offloading_changes_nothing_on_the_cpu() -> None:
+    plain, module = twins(stack(dropout=0.5), offload=True)
+    assert_same(gradients(module, rows()), gradients(plain, rows()))
+    _, kept = twins(stack(dropout=0.5))
+    assert saved_bytes(module, rows()) == saved_bytes(kept, rows())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("by_name", [False, True])
+def test_offloading_holds_inputs_in_cpu_memory(by_name: bool) -> None:
+    width = 1024
+    blocks = [Block(width, dropout=0.5).cuda() for _ in range(8)]
+    results, held = [], []
+    for offload in (None, False, True):
+        module = nn.Sequential(*copy.deepcopy(blocks))
+        if offload is not None:
+            enable_gradient_checkpointing(module, GradientCheckpointingConfig(offload=offload))
+        torch.manual_seed(0)
+        x = torch.ones(1024, width, device="cuda")
+        before = torch.cuda.memory_allocated()
+        for block in module:
+            x = block(x=x) if by_name else block(x)
+        held.append(torch.cuda.memory_allocated() - before)
+        loss_of(x).backward()
+        results.append(dict(_grads(module)))
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+    assert held[2] < held[1] / 4 < held[0] / 4
