@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertModel
 
-from lightning_lora import LoRAConfig, inject_adapters
+from lightning_lora import LoRAConfig, QuantizationConfig, inject_adapters
 from lightning_lora.fresh import newly_initialized
 from tests.targets.architectures import build
 
@@ -46,6 +46,14 @@ def test_it_is_still_the_only_one_after_the_injection(classifier: nn.Module) -> 
     root = nn.ModuleDict({"model": classifier})
     inject_adapters(root, LoRAConfig(rank=2))
     assert set(newly_initialized(root)) == HEAD
+
+
+def test_it_is_still_the_only_one_when_the_base_is_quantized(classifier: nn.Module) -> None:
+    root = nn.ModuleDict({"model": classifier})
+    for _ in range(2):  # a run looks twice
+        report = inject_adapters(root, LoRAConfig(rank=2), quantization=QuantizationConfig())
+        assert set(newly_initialized(root)) == HEAD
+        assert set(report.saved) == HEAD
 
 
 def test_the_injection_trains_and_reports_it_and_gives_it_no_adapter(classifier: nn.Module) -> None:

@@ -25,6 +25,7 @@ from lightning_lora.lora import LoRAConfig
 from lightning_lora.merge import MergeConfig, merge_adapters, unmerge_adapters
 from lightning_lora.merge_report import MergedLayer, MergeReport, OutputDifference
 from lightning_lora.optimizer_swap import OptimizerConfig
+from lightning_lora.planning import MemoryPlan, TokenBatch, plan_memory
 from lightning_lora.quantization.config import QuantizationConfig
 from lightning_lora.report import InjectionReport, LayerRow
 from lightning_lora.streaming import empty_weights
@@ -42,6 +43,7 @@ __all__ = [
     "LightningLoRAError",
     "LoRACallback",
     "LoRAConfig",
+    "MemoryPlan",
     "MergeConfig",
     "MergeError",
     "MergeReport",
@@ -52,6 +54,7 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationError",
     "TargetNotFoundError",
+    "TokenBatch",
     "UnsupportedSetupError",
     "disable_adapters",
     "disable_gradient_checkpointing",
@@ -60,6 +63,7 @@ __all__ = [
     "inject_adapters",
     "load_from_checkpoint",
     "merge_adapters",
+    "plan_memory",
     "remove_adapters",
     "unmerge_adapters",
 ]

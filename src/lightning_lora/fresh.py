@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.quantized_layer import QuantizedLayer
 
 
 def newly_initialized(module: nn.Module) -> list[str]:
@@ -19,7 +20,10 @@ def newly_initialized(module: nn.Module) -> list[str]:
     for name, child in module.named_modules():
         if not is_pretrained_model(child) or any(name.startswith(f"{outer}.") for outer in fresh):
             continue
-        marks = {key: getattr(p, "_is_hf_initialized", False) for key, p in child.named_parameters()}
+        # Codes have no mark; what was drawn at random is trained in full, and never quantized.
+        codes = {id(inner.weight) for inner in child.modules() if isinstance(inner, QuantizedLayer)}
+        parameters = [(key, p) for key, p in child.named_parameters() if id(p) not in codes]
+        marks = {key: getattr(p, "_is_hf_initialized", False) for key, p in parameters}
         if any(marks.values()):
             unmarked = [f"{name}.{key}" if name else key for key, marked in marks.items() if not marked]
             fresh += [key for key in unmarked if not key.startswith(adapters)]

@@ -54,7 +54,7 @@ def quantize_base(
     _check(module, record, quantization)
     if strict:
         _refuse_idle_patterns(module, quantization)
-    selection = _candidates(module, config, quantization, saved)
+    selection = layers_to_quantize(module, config, quantization, saved)
     names = [target.name for target in selection.targets]
     if not strict:
         names = [name for name in names if not module.get_submodule(name).weight.is_meta]
@@ -96,9 +96,17 @@ def _check(module: nn.Module, record: Record, quantization: QuantizationConfig) 
         )
 
 
-def _candidates(
+def layers_to_quantize(
     module: nn.Module, config: AdapterConfig, quantization: QuantizationConfig, saved: Set[str]
 ) -> Selection:
+    """The frozen linear layers of ``module`` that are to be stored in 4 or 8 bits, and why others are not.
+
+    Args:
+        module: Any module, before its layers get adapters.
+        config: What is adapted.
+        quantization: Its ``skip_modules`` apply.
+        saved: Names of modules that are trained in full.
+    """
     everything = dataclasses.replace(
         config,
         target_modules="all-linear",

@@ -21,8 +21,8 @@ from lightning_lora.errors import QuantizationError
 from lightning_lora.quantization.product import product
 from lightning_lora.quantized_layer import QuantizedLayer
 
-# Without a GPU bitsandbytes quantizes with torch operations that take 20 bytes a value for a moment, and what is freed in
-# pieces above 128 KiB glibc keeps. A multiple of all block sizes: the codes are those of the whole weight in one go.
+# Without a GPU bitsandbytes quantizes with torch operations that take 20 bytes a value for a moment, and pieces above
+# 128 KiB stay in glibc's heap. A multiple of all block sizes: the codes are those of the whole weight in one go.
 _CHUNK = 2**14
 
 

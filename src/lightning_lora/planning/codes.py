@@ -1,0 +1,114 @@
+"""What quantization stores: bytes of a layer's codes and constants, and a stand-in that computes as such a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.class_swap import restore_class, swap_class
+from lightning_lora.layers import AdaptedLayer, AdaptedLinear
+from lightning_lora.quantization.config import COMPUTE_DTYPES, STORAGE_DTYPES, QuantizationConfig
+from lightning_lora.quantization.product import product
+from lightning_lora.targets.selection import Selection
+
+_NESTED_BLOCK = 256  # bitsandbytes quantizes the constants in blocks of this many
+
+
+def code_bytes(numel: int, config: QuantizationConfig) -> int:
+    """Bytes of the codes of a weight with ``numel`` values."""
+    if config.quant_type == "int8":
+        return numel
+    width = STORAGE_DTYPES[config.storage_dtype].itemsize
+    return math.ceil(math.ceil(numel / 2) / width) * width
+
+
+def constant_bytes(out_features: int, in_features: int, config: QuantizationConfig) -> int:
+    """Bytes of what belongs to the codes of one weight: scales, tables of the format, and the offset of nested scales.
+
+    ``"int8"`` has one fp32 scale a row. 4-bit types have one a block, and the 16 values of the codes as bitsandbytes
+    keeps them beside every weight; with double quantization one byte a block, one fp32 a 256 blocks, the 256 values of
+    8-bit codes, and an offset (QLoRA, arXiv:2305.14314, section 3).
+    """
+    if config.quant_type == "int8":
+        return 4 * out_features
+    blocks = math.ceil(out_features * in_features / config.block_size)
+    table = 4 * 16
+    if not config.double_quant:
+        return 4 * blocks + table
+    return blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) + table + 4 * 256 + 4
+
+
+class CodedLinear(nn.Linear):
+    """An ``nn.Linear`` that computes, and takes memory for a moment, as one whose weight is stored as codes.
+
+    Its ``weight`` is dense and there for its shape only; it takes what :meth:`stored_bytes` says.
+    """
+
+    compute_dtype: torch.dtype | None
+    quantization: QuantizationConfig
+    note: Callable[[Tensor], Tensor]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """A dense weight ``(out_features, in_features)`` without values."""
+        dense = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
+        return self.note(dense)
+
+    def describe(self) -> str:
+        """The format."""
+        return self.quantization.quant_type
+
+    def stored_bytes(self) -> tuple[int, int]:
+        """Bytes of the codes and of the constants."""
+        shape = (self.out_features, self.in_features)
+        return code_bytes(math.prod(shape), self.quantization), constant_bytes(*shape, self.quantization)
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        layer: Any = self
+        return product(input, layer)
+
+
+def _unnoted(dense: Tensor) -> Tensor:
+    return dense
+
+
+def store_as_codes(module: nn.Module, selection: Selection, config: QuantizationConfig) -> dict[str, str]:
+    """Make linear layers of ``module`` stand-ins of quantized ones, in place; adapters stay.
+
+    Args:
+        module: On the meta device, with its adapters.
+        selection: The layers that would be quantized, were they all frozen.
+        config: The format.
+
+    Returns:
+        Linear layers that stay dense: name -> reason.
+    """
+    kept = dict(selection.skipped)
+    for target in selection.targets:
+        layer = module.get_submodule(target.name)
+        if layer.weight.requires_grad:
+            kept[target.name] = "trained in full (modules_to_save)"
+        else:
+            _become_coded(layer, config)
+    return kept
+
+
+def _become_coded(layer: nn.Module, config: QuantizationConfig) -> None:
+    adapted = isinstance(layer, AdaptedLayer)
+    if adapted:
+        restore_class(layer)
+    layer.__class__ = CodedLinear
+    compute_dtype = None if config.compute_dtype is None else COMPUTE_DTYPES[config.compute_dtype]
+    layer.__dict__.update(compute_dtype=compute_dtype, quantization=config, note=_unnoted)
+    if adapted:
+        swap_class(layer, AdaptedLinear)
+
+
+def coded_layers(module: nn.Module) -> list[CodedLinear]:
+    """All stand-ins inside ``module``, adapted or not."""
+    return [child for child in module.modules() if isinstance(child, CodedLinear)]

@@ -1,0 +1,75 @@
+"""What an optimizer keeps for each parameter, and what it takes for a moment in its step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_STEP = 4  # the step counter of torch's optimizers: one fp32 number a tensor
+
+
+@dataclass(frozen=True)
+class OptimizerMemory:
+    """Bytes of an optimizer.
+
+    Attributes:
+        name: For reports.
+        state: Bytes that it keeps for one parameter.
+        workspace: Bytes that its step takes for a moment, of all parameters together.
+    """
+
+    name: str
+    state: Callable[[Tensor], int]
+    workspace: Callable[[Iterable[Tensor]], int]
+
+
+def _adamw(parameter: Tensor) -> int:
+    """Two moments in the parameter's own dtype: fp32 for adapters, bf16 for a bf16 module that is trained in full."""
+    return 2 * parameter.nbytes + _STEP
+
+
+def _adamw_8bit(parameter: Tensor) -> int:
+    """AdamW8bit of bitsandbytes (0.45 to 0.50).
+
+    One byte a value of each moment, an fp32 constant for each block of 256, and (not counted) two tables of 256 values
+    that all tensors share; tensors below 4096 values keep fp32 moments.
+    """
+    count = parameter.numel()
+    return 2 * 4 * count if count < 4096 else 2 * (count + 4 * math.ceil(count / 256))
+
+
+def _one_copy(parameters: Iterable[Tensor]) -> int:
+    """The multi-tensor path, torch's default on a GPU, takes the square roots of all second moments at once."""
+    return sum(parameter.nbytes for parameter in parameters)
+
+
+def _nothing(parameters: Iterable[Tensor]) -> int:
+    return 0
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerMemory("AdamW", _adamw, _one_copy),
+    "adamw_fused": OptimizerMemory("AdamW (fused)", _adamw, _nothing),
+    "adamw8bit": OptimizerMemory("AdamW (8-bit)", _adamw_8bit, _nothing),
+    "sgd": OptimizerMemory("SGD", lambda parameter: 0, _nothing),
+    "sgd_momentum": OptimizerMemory("SGD with momentum", lambda parameter: parameter.nbytes, _nothing),
+}
+
+
+def as_optimizer(value: str | OptimizerMemory) -> OptimizerMemory:
+    """An optimizer by its name, or one that the caller describes.
+
+    Raises:
+        ValueError: If the name is not known.
+    """
+    if isinstance(value, OptimizerMemory):
+        return value
+    if value not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer must be one of {', '.join(OPTIMIZERS)}, or an OptimizerMemory that says what it keeps; "
+            f"got {value!r}."
+        )
+    return OPTIMIZERS[value]

@@ -1,0 +1,245 @@
+"""A plan says what a real run takes, leaves the module alone, and allocates nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from lightning_lora import LoRAConfig, QuantizationConfig, inject_adapters
+from lightning_lora.errors import UnsupportedSetupError
+from lightning_lora.gradient_checkpointing import GradientCheckpointingConfig, enable_gradient_checkpointing
+from lightning_lora.planning import TokenBatch, plan_memory
+from tests.planning.models import llama, step_bytes, t5, tokens
+
+LORA = LoRAConfig(rank=4)
+NF4 = QuantizationConfig(quant_type="nf4", block_size=64)
+FORMATS = (NF4, QuantizationConfig(double_quant=True), QuantizationConfig(quant_type="int8"))
+
+
+def step_of(plan):
+    """What forward and backward add, without the batch, which is there before."""
+    return sum(plan.step.backward.values()) - plan.step.backward.get("batch", 0)
+
+
+def on_meta(build):
+    with torch.device("meta"):
+        return build()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_a_step_takes_what_the_allocator_of_a_real_run_says(precision, recompute):
+    plan = plan_memory(on_meta(llama), LORA, batch=(4, 64), precision=precision, gradient_checkpointing=recompute)
+    module = llama().to(torch.bfloat16) if precision == "bf16-true" else llama()
+    inject_adapters(module, LORA)
+    if recompute:
+        enable_gradient_checkpointing(module)
+    ids = tokens(4, 64)
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            return module(input_ids=ids, labels=ids).loss
+
+    assert step_of(plan) == pytest.approx(step_bytes(module, loss), rel=0.05)
+
+
+@pytest.mark.parametrize("quantization", FORMATS, ids=lambda config: f"{config.quant_type}{config.double_quant}")
+def test_a_quantized_base_takes_what_its_layers_really_hold(quantization):
+    plan = plan_memory(on_meta(llama), LORA, batch=(2, 32), quantization=quantization)
+    module = llama()
+    inject_adapters(module, LORA, quantization=quantization)
+    layers = dict(module.named_modules())
+    codes = sum(layers[name].weight.nbytes for name in plan.base.quantized)
+    constants = sum(t.nbytes for name in plan.base.quantized for t in layers[name].constants().values())
+    tables = 0 if quantization.quant_type == "int8" else 4 * 16 + (4 * 256 + 4 if quantization.double_quant else 0)
+    assert plan.base.codes == codes
+    assert plan.base.constants == constants + len(plan.base.quantized) * tables
+    ids = tokens(2, 32)
+    assert step_of(plan) == pytest.approx(step_bytes(module, lambda: module(input_ids=ids, labels=ids).loss), rel=0.05)
+
+
+@pytest.mark.parametrize("build", [llama, t5])
+def test_the_same_layers_stay_dense_as_in_a_real_injection(build):
+    config = LoRAConfig(rank=4, modules_to_save=("lm_head",))
+    skipping = QuantizationConfig(quant_type="int8", skip_modules=("q_proj",) if build is llama else ("q",))
+    plan = plan_memory(on_meta(build), config, batch=(1, 8), quantization=skipping)
+    module = build()
+    inject_adapters(module, config, quantization=skipping)
+    from lightning_lora.quantized_layer import QuantizedLayer
+
+    real = {name for name, child in module.named_modules() if isinstance(child, QuantizedLayer)}
+    assert set(plan.base.quantized) == real
+    assert "lm_head" in plan.base.kept_dense
+
+
+def test_a_dequantized_weight_is_there_for_a_moment_only():
+    """One wide layer: its dense copy, and not those of all three, is at the peak."""
+
+    def build():
+        return nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(3)))
+
+    plan = plan_memory(on_meta(build), LORA, batch=torch.empty(2, 512), quantization=NF4)
+    assert plan.step.backward["dequantized weights"] == 512 * 512 * 4
+
+
+def test_parts_add_up_and_adapters_are_those_of_the_injection():
+    module = llama()
+    plan = plan_memory(module, LORA, batch=TokenBatch(2, 16))
+    inject_adapters(module, LORA)
+    adapters = sum(p.nbytes for name, p in module.named_parameters() if ".adapters." in name)
+    assert plan.adapters == plan.gradients == adapters
+    assert plan.base.total + plan.adapters == sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    assert sum(plan.parts.values()) == plan.peak == sum(plan.moments[plan.moment].values())
+    assert all(sum(parts.values()) <= plan.peak for parts in plan.moments.values())
+
+
+def test_the_module_is_left_as_it_was_and_nothing_is_allocated():
+    module = llama()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    classes = [type(child) for child in module.modules()]
+    plan_memory(module, LORA, batch=(2, 16), precision="bf16-true", gradient_checkpointing=True, quantization=NF4)
+    assert [type(child) for child in module.modules()] == classes
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert all(p.requires_grad and p.grad is None and p.dtype == torch.float32 for p in module.parameters())
+    assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
+
+
+def test_a_run_that_no_machine_here_could_hold_is_planned():
+    assert plan_memory(on_meta(llama), LORA, batch=(2**12, 2**10)).peak > 50 * 10**9
+
+
+def test_recomputation_keeps_less_and_both_are_told():
+    plan = plan_memory(on_meta(llama), LORA, batch=(4, 64))
+    recomputing = plan_memory(on_meta(llama), LORA, batch=(4, 64), gradient_checkpointing=GradientCheckpointingConfig())
+    assert plan.kept_without_recomputation == plan.step.kept == recomputing.kept_without_recomputation
+    assert plan.kept_with_recomputation == recomputing.step.kept < plan.step.kept / 2
+
+
+def test_gradients_that_accumulate_are_there_during_the_whole_step():
+    once, often = (plan_memory(on_meta(llama), LORA, batch=(2, 16), accumulate_grad_batches=count) for count in (1, 4))
+    assert often.step.backward["gradients"] == often.gradients
+    assert once.step.backward.get("gradients", 0) < once.gradients
+
+
+def test_without_a_config_everything_trains():
+    module = on_meta(llama)
+    plan = plan_memory(module, None, batch=(1, 8))
+    size = sum(p.nbytes for p in module.parameters())
+    assert (plan.adapters, plan.gradients) == (0, size)
+    assert plan.optimizer_state == 2 * size + 4 * len(list(module.parameters()))
+
+
+def test_a_lightning_module_runs_its_own_training_step_with_an_example_batch():
+    class Regression(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(32, 128), nn.Tanh(), nn.Linear(128, 1))
+
+        def training_step(self, batch, index):
+            x, y, valid = batch
+            loss = nn.functional.mse_loss(self.net(x)[valid], y[valid])
+            self.log("loss", loss)
+            return {"loss": loss}
+
+    module = Regression()
+    batch = (torch.randn(64, 32), torch.randn(64, 1), torch.arange(64) % 2 == 0)
+    plan = plan_memory(module, LORA, batch=batch)
+    inject_adapters(module, LORA)
+
+    def loss():
+        x, y, valid = batch
+        return nn.functional.mse_loss(module.net(x)[valid], y[valid])
+
+    assert step_of(plan) == pytest.approx(step_bytes(module, loss), rel=0.05)
+
+
+def test_a_step_of_ones_own_and_a_language_model_without_a_loss():
+    net = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 50))
+    plan = plan_memory(net, LoRAConfig(rank=2, target_modules="1"), batch=(4, 8))
+    assert plan.step.kept >= 4 * 8 * 50 * 4
+    own = plan_memory(
+        net,
+        LoRAConfig(rank=2, target_modules="1"),
+        batch=(4, 8),
+        step=lambda module, batch: module(batch["input_ids"]).sum(),
+    )
+    assert own.step.kept < plan.step.kept
+
+
+def test_a_step_that_looks_at_values_is_refused_with_a_way_out():
+    def step(module, batch):
+        output = module(batch)
+        return output.sum() if output.sum() > 0 else output.mean()
+
+    with pytest.raises(UnsupportedSetupError, match="Pass a step"):
+        plan_memory(
+            nn.Sequential(nn.Linear(4, 4)), LoRAConfig(rank=1, target_modules="0"), batch=torch.ones(2, 4), step=step
+        )
+
+
+def test_a_base_that_is_quantized_already_is_refused():
+    module = llama()
+    inject_adapters(module, LORA, quantization=NF4)
+    with pytest.raises(UnsupportedSetupError, match="Pass the dense module"):
+        plan_memory(module, LORA, batch=(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "bf16"}, "bf16-true"),
+        ({"optimizer": "adam"}, "adamw"),
+        ({"batch": (0, 8)}, "at least 1"),
+        ({"config": None, "quantization": NF4}, "all layers train"),
+    ],
+)
+def test_settings_without_meaning_are_refused(changes, message):
+    settings = {"config": LORA, "batch": (1, 8), **changes}
+    with pytest.raises(ValueError, match=message):
+        plan_memory(on_meta(llama), settings.pop("config"), **settings)
+
+
+@pytest.mark.parametrize("what", ["batch", "rank", "length"])
+def test_the_largest_fits_and_one_more_does_not(what):
+    plan = plan_memory(on_meta(llama), LORA, batch=(2, 16))
+    limit = 4 * plan.peak_gb
+    found = plan.largest(what, limit)
+    assert plan.replan(what, found).fits(limit)
+    assert not plan.replan(what, found + 1).fits(limit)
+
+
+def test_the_batch_of_an_example_can_be_enlarged_and_its_length_cannot():
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    plan = plan_memory(net, LORA, batch={"input": torch.randn(4, 32)})
+    assert plan.largest("batch", 100 * plan.peak_gb) > 400
+    with pytest.raises(ValueError, match="TokenBatch"):
+        plan.largest("length", 1.0)
+    with pytest.raises(ValueError, match='"batch", "length", "rank"'):
+        plan.largest("width", 1.0)
+
+
+def test_nothing_fits_where_not_even_one_does():
+    plan = plan_memory(on_meta(llama), LORA, batch=(2, 16))
+    assert not plan.fits(1e-6)
+    assert plan.largest("batch", 1e-6) == 0
+    assert plan.fits(1.0, reserve=0.5) and not plan.fits(1.0, reserve=1.0)
+    with pytest.raises(ValueError, match="positive number of GB"):
+        plan.fits(0)
+
+
+def test_gb_and_gib_are_told_apart_and_the_plan_is_json():
+    plan = plan_memory(on_meta(llama), LORA, batch=(2, 16), quantization=NF4)
+    assert plan.peak_gb == plan.peak / 10**9
+    assert plan.peak_gib == plan.peak / 2**30
+    values = json.loads(json.dumps(plan.to_dict()))
+    assert values["peak"] == plan.peak
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(plan)
+    text = console.export_text()
+    assert "base weights" in text and "GiB" in text and "lm_head" in text
