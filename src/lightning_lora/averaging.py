@@ -29,25 +29,31 @@ def prepare_averaging(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             _require_same_parameters(callback, module)
             if is_a(callback, "StochasticWeightAveraging"):
                 _keep_statistics(callback, module)
-            else:
-                keep_equal(callback)
+            keep_equal(callback)
 
 
 def keep_equal(callback: Any) -> None:
     """Make the average of equal tensors that tensor: ``0.999 * x + 0.001 * x`` is not ``x``, so a base would drift."""
-    average = callback._average_model
-    for name, function in (("avg_fn", _average_one), ("multi_avg_fn", _average_many)):
+    own = is_a(callback, "StochasticWeightAveraging")  # it averages itself, the other through torch's AveragedModel
+    average = callback if own else callback._average_model
+    for name, function in (("_avg_fn" if own else "avg_fn", _average_one), ("multi_avg_fn", _average_many)):
         current = getattr(average, name, None)
         if current is not None and getattr(current, "func", None) is not function:
             setattr(average, name, functools.partial(function, current))
 
 
+def _equal(mean: Tensor, current: Tensor) -> bool:
+    # Codes that are stored as floating-point numbers may be NaNs, which differ from themselves.
+    both = (tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (mean, current))
+    return torch.equal(mean, current) or (mean.dtype == current.dtype and torch.equal(*both))
+
+
 def _average_one(average: Callable[..., Tensor], mean: Tensor, current: Tensor, count: Any) -> Tensor:
-    return current if torch.equal(mean, current) else average(mean, current, count)
+    return current if _equal(mean, current) else average(mean, current, count)
 
 
 def _average_many(average: Callable[..., None], means: list[Tensor], currents: list[Tensor], count: Any) -> None:
-    moved = [(mean, current) for mean, current in zip(means, currents, strict=True) if not torch.equal(mean, current)]
+    moved = [(mean, current) for mean, current in zip(means, currents, strict=True) if not _equal(mean, current)]
     if moved:
         average([mean for mean, _ in moved], [current for _, current in moved], count)
 

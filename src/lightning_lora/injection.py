@@ -20,7 +20,7 @@ from lightning_lora.originals import named_state, note_values, restore_values
 from lightning_lora.patches import unpatch
 from lightning_lora.quantization.config import QuantizationConfig
 from lightning_lora.quantization.conversion import adopt_foreign, release_foreign
-from lightning_lora.quantized_base import describe_quantized, quantize_base
+from lightning_lora.quantized_base import describe_quantized, note_format, quantize_base
 from lightning_lora.quantized_layer import QuantizedLayer, dense_numel
 from lightning_lora.record import Record, drop_record, find_nested_record, find_record, store_record
 from lightning_lora.report import InjectionReport, LayerRow
@@ -42,7 +42,7 @@ def inject_adapters(
 
     No existing parameter, buffer, module path or hook changes its name or place, and outputs are bitwise those of the
     base until the adapter trains. Calling it again with the same config only adapts layers that have come since.
-    After an error everything is as it was before the call.
+    After an error everything is as it was before the call, but for layers that had been quantized by then.
 
     Args:
         module: Any module.
@@ -119,6 +119,7 @@ def extend_adapters(
             )
         elif files is not None:
             stream_weights(module, files)
+        note_format(module, record)
         record.saved = list(dict.fromkeys([*record.saved, *saved]))
         acts = _attach(module, selection, config, name, is_new=name not in record.configs)
         _freeze(module, record, name if acts else None)
@@ -275,7 +276,10 @@ def _all_or_nothing(module: nn.Module) -> Iterator[None]:
             release_base(module)
             release_foreign(module)
         for parameter, requires_grad, grad in flags:
-            parameter.requires_grad_(requires_grad).grad = grad
+            if parameter.requires_grad != requires_grad:  # a lazy parameter can't even be asked to stay as it is
+                parameter.requires_grad_(requires_grad)
+            if parameter.grad is not grad:
+                parameter.grad = grad
         raise
 
 

@@ -84,5 +84,6 @@ def put_back(layer: Any, kept: KeptWeight) -> None:
         return
     cls, settings = kept.quantized
     device = layer.weight.device
-    become_quantized(layer, cls, kept.weight, **settings)
+    dtype = layer.dense_dtype if isinstance(layer, QuantizedLayer) else layer.weight.dtype
+    become_quantized(layer, cls, kept.weight, **{**settings, "dense_dtype": dtype})
     layer.to(device)

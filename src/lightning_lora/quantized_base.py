@@ -74,6 +74,14 @@ def quantize_base(
     record.quantization = quantization
 
 
+def note_format(module: nn.Module, record: Record) -> None:
+    """Note how this package quantized layers of ``module``, also in an injection that was removed since."""
+    for child in module.modules():
+        if isinstance(child, QuantizedLayer) and child.stored_as is not None:
+            record.quantization = child.stored_as
+            return
+
+
 def describe_quantized(module: nn.Module) -> Iterator[str]:
     """Lines on the quantized layers of ``module``: how many, in what format, and their bytes."""
     by_format: dict[str, list[QuantizedLayer]] = {}

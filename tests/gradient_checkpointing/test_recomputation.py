@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_lora.gradient_checkpointing import GradientCheckpointingConfig, enable_gradient_checkpointing
 from tests.gradient_checkpointing.cases import (
@@ -249,3 +250,30 @@ def test_offloading_holds_inputs_in_cpu_memory(by_name: bool) -> None:
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
     assert held[2] < held[1] / 4 < held[0] / 4
+
+
+class Attending(nn.Module):
+    """A block with attention, and projections that train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.project(x).chunk(3, dim=-1)
+        heads = [part.unflatten(-1, (2, 8)).transpose(1, 2) for part in parts]
+        return x + nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("kernel", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_attention_uses_the_kernel_of_the_first_run_when_backward_runs_outside_of_its_context(kernel: Any) -> None:
+    torch.manual_seed(0)
+    found = []
+    for module in twins(nn.ModuleList(Attending() for _ in range(2))):
+        x = torch.ones(2, 5, 16)
+        with sdpa_kernel(kernel):
+            for block in module:
+                x = block(x)
+        x.square().sum().backward()
+        found.append([parameter.grad for parameter in module.parameters()])
+    assert all(map(torch.equal, *found))

@@ -203,3 +203,14 @@ def test_a_model_that_peft_has_adapted_is_refused() -> None:
     with pytest.raises(UnsupportedSetupError, match=r"already has an adapter of PEFT.*merge_and_unload"):
         inject_adapters(adapted, LoRAConfig(rank=2))
     assert inject_adapters(adapted.merge_and_unload(), LoRAConfig(rank=2)).layers
+
+
+def test_a_layer_whose_forward_accelerate_runs_is_not_adapted_for_nothing() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    hooks.add_hook_to_module(module[0], hooks.AlignDevicesHook("cpu"))
+    report = inject_adapters(module, LoRAConfig(rank=2))
+    assert [row.name for row in report.layers] == ["1"]
+    assert "accelerate" in report.skipped["0"]
+    with pytest.raises(TargetNotFoundError, match="accelerate"):
+        inject_adapters(nn.Sequential(module[0]), LoRAConfig(rank=2))

@@ -17,10 +17,12 @@ from lightning_lora import (
     QuantizationConfig,
     inject_adapters,
     merge_adapters,
+    remove_adapters,
     unmerge_adapters,
 )
 from lightning_lora.export import merged_state_dict
 from lightning_lora.quantized_layer import QuantizedLayer
+from lightning_lora.record import find_record
 
 FORMATS: list[Any] = [
     pytest.param({"quant_type": "nf4"}, id="nf4"),
@@ -163,3 +165,22 @@ def test_a_base_of_another_name_is_refused_when_the_config_is_made() -> None:
         MergeConfig(base="best")
     with pytest.raises(ValueError, match="original is a path"):
         MergeConfig(original="somewhere")
+
+
+def test_a_merged_module_that_was_cast_merges_again_after_the_unmerge() -> None:
+    module = trained({"quant_type": "nf4"})
+    merge_adapters(module)
+    module.to(torch.bfloat16)
+    unmerge_adapters(module)
+    assert module[0].weight_dtype == torch.bfloat16
+    merge_adapters(module)
+    assert module[0].weight.dtype == module[0].bias.dtype == torch.bfloat16
+
+
+def test_a_format_is_noted_again_when_adapters_were_removed_and_injected_anew() -> None:
+    module = trained({"quant_type": "nf4"})
+    remove_adapters(module)
+    inject_adapters(module, LoRAConfig(rank=2))
+    record = find_record(module)
+    assert record is not None
+    assert record.quantization == QuantizationConfig()

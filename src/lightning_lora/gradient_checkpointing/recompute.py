@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora.gradient_checkpointing.replay import KeptStatistics, ReplayedCache, is_cache, updating_norms
+from lightning_lora.gradient_checkpointing.replay import ReplayedCache, SecondRun, is_cache
 from lightning_lora.patches import original
 
 
@@ -54,6 +54,7 @@ def _device_of(inputs: list[Any]) -> torch.device | None:
 
 
 def _contexts(block: nn.Module) -> dict[str, Any]:
-    # A compiler takes no contexts; it recomputes single operations, and updates buffers once.
-    norms = [] if torch.compiler.is_compiling() else updating_norms(block)
-    return {"context_fn": lambda: (nullcontext(), KeptStatistics(norms))} if norms else {}
+    if torch.compiler.is_compiling():  # it takes no contexts, recomputes single operations, and updates buffers once
+        return {}
+    again = SecondRun(block)
+    return {"context_fn": lambda: (nullcontext(), again)}

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.errors import UnsupportedSetupError
 
 # Their update() puts new tensors in the place of the old ones; other layers write into theirs.
 _REPLAYABLE = ("DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer")
+
+
+class SecondRun:
+    """Context of a recomputation; may be entered again."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._contexts = (KeptStatistics(updating_norms(block)), KeptAttention())
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*error)
 
 
 class KeptStatistics:
@@ -42,6 +60,36 @@ def updating_norms(block: nn.Module) -> list[nn.Module]:
 
 def _updates_statistics(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.training and module.track_running_stats
+
+
+class KeptAttention:
+    """Context in which attention uses the kernels that were allowed when this was made; may be entered again.
+
+    A training step that runs within ``sdpa_kernel(...)`` has left it when Lightning calls backward. torch's checkpoint
+    brings autocast back for the recomputation, and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._allowed = _allowed_kernels()
+        self._context: AbstractContextManager[None] = nullcontext()
+
+    def __enter__(self) -> None:
+        self._context = nullcontext() if _allowed_kernels() == self._allowed else sdpa_kernel(self._allowed)
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
+def _allowed_kernels() -> list[SDPBackend]:
+    cuda: Any = torch.backends.cuda  # whose flags hold for the CPU, too
+    allowed = {
+        SDPBackend.MATH: cuda.math_sdp_enabled(),
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
+    }
+    return [kernel for kernel, is_allowed in allowed.items() if is_allowed]
 
 
 class ReplayedCache:

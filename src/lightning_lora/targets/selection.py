@@ -235,12 +235,8 @@ def _blockers(root: nn.Module, modules: Mapping[str, nn.Module], saved: frozense
     shared = _shared_weights(root)
     inside_attention = {id(child.out_proj) for child in modules.values() if isinstance(child, nn.MultiheadAttention)}
     blockers: dict[str, str] = {}
+    _refuse_lazy(modules)
     for name, layer in modules.items():
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
-            raise UnsupportedSetupError(
-                f"{name!r} is a lazy layer whose shape is not known yet. Run one batch through the module before fit, "
-                "or give the layer its sizes."
-            )
         if host_of(layer) is None:
             continue
         weight = getattr(layer, "weight", None)
@@ -248,6 +244,8 @@ def _blockers(root: nn.Module, modules: Mapping[str, nn.Module], saved: frozense
             blockers[name] = "trained in full (modules_to_save)"
         elif id(layer) in inside_attention:
             blockers[name] = "nn.MultiheadAttention uses this weight without calling the layer"
+        elif "_hf_hook" in vars(layer):
+            blockers[name] = "accelerate runs its forward (device_map); load the model without, or remove its hooks"
         elif parametrize.is_parametrized(layer) or not isinstance(layer._parameters.get("weight"), nn.Parameter):
             blockers[name] = "its weight is computed from others (weight_norm, spectral_norm, pruning): undo that first"
         elif not isinstance(layer, QuantizedLayer) and not (
@@ -260,6 +258,15 @@ def _blockers(root: nn.Module, modules: Mapping[str, nn.Module], saved: frozense
         elif not isinstance(layer, AdaptedLayer) and (hasattr(layer, "adapters") or hasattr(layer, "active")):
             blockers[name] = "it has an attribute 'adapters' or 'active' of its own"
     return blockers
+
+
+def _refuse_lazy(modules: Mapping[str, nn.Module]) -> None:
+    for name, layer in modules.items():
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+            raise UnsupportedSetupError(
+                f"{name!r} is a lazy layer whose shape is not known yet. Run one batch through the module before fit, "
+                "or give the layer its sizes."
+            )
 
 
 def _shared_weights(root: nn.Module) -> dict[int, list[str]]:

@@ -1,0 +1,93 @@
+"""QuantizationConfig says what it means, refuses what means nothing, and has the form that Hydra makes of it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lora import LoRACallback, LoRAConfig, QuantizationConfig, inject_adapters
+from lightning_lora.quantization.config import BLOCK_SIZES, as_quantization_config
+from lightning_lora.record import find_record
+from tests.conftest import TinyModule
+from tests.quantization.quantized import FORMATS, codes_of, quantized
+
+pytest.importorskip("bitsandbytes")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("quant_type", value) for value in ("NF4", "int4", "", None, 4, ["nf4"])],
+        *[("block_size", value) for value in (0, 63, 48, 8192, -64, "64", None, True, 64.0)],
+        *[("compute_dtype", value) for value in ("fp32", "bf16", torch.bfloat16, 32, "uint8")],
+        *[("storage_dtype", value) for value in (None, "int8", torch.uint8, "float64")],
+        *[("double_quant", value) for value in ("yes", 1, None)],
+        *[("skip_modules", value) for value in (3, [""], [None], {"a": 1}, b"head")],
+    ],
+)
+def test_a_value_without_meaning_is_refused_by_field(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        QuantizationConfig(**{field: value})
+
+
+def test_double_quantization_of_8_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match=r'double_quant is for 4-bit types: quant_type="int8"'):
+        QuantizationConfig(quant_type="int8", double_quant=True)
+
+
+def test_an_unknown_field_is_refused() -> None:
+    with pytest.raises(TypeError, match="blocksize"):
+        QuantizationConfig(blocksize=64)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("block", BLOCK_SIZES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_bits_per_parameter_are_those_that_are_stored(form: str, block: int) -> None:
+    config = QuantizationConfig(**FORMATS[form], block_size=block)
+    layer = quantized(form, 512, 2048, block_size=block)
+    stored = sum(tensor.numel() for tensor in codes_of(layer).values())
+    scales = 512 * 4 if form == "int8" else 0
+    assert config.bits_per_parameter == pytest.approx((stored - scales) * 8 / (512 * 2048), abs=1e-3)
+
+
+def test_the_config_is_plain_in_files_and_comes_back() -> None:
+    config = QuantizationConfig(quant_type="fp4", double_quant=True, block_size=128, skip_modules="head")
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["skip_modules"] == ["head"]
+    assert QuantizationConfig(**values) == config == pickle.loads(pickle.dumps(config))
+    assert hash(config) == hash(QuantizationConfig(**values))
+
+
+def test_hydra_gives_the_callback_a_mapping() -> None:
+    omegaconf = pytest.importorskip("omegaconf")
+    node = omegaconf.OmegaConf.create(
+        {"_target_": "x", "quant_type": "nf4", "double_quant": True, "skip_modules": ["head", "re:.*lm_head"]}
+    )
+    expected = QuantizationConfig(double_quant=True, skip_modules=("head", "re:.*lm_head"))
+    for value in (node, omegaconf.OmegaConf.to_container(node), expected):
+        callback = LoRACallback(quantization=value)
+        assert callback.quantization == expected
+        assert type(callback.quantization.skip_modules) is tuple
+
+
+@pytest.mark.parametrize("value", ["nf4", 4, True, {"quant_type": "nf5"}, [1]])
+def test_what_is_no_quantization_is_refused_by_the_callback(value: Any) -> None:
+    with pytest.raises(ValueError, match="quant"):
+        LoRACallback(quantization=value)
+
+
+def test_nothing_to_quantize_is_none() -> None:
+    assert as_quantization_config(None) is None
+    assert LoRACallback().quantization is None
+
+
+def test_the_record_of_a_module_says_how_it_is_quantized() -> None:
+    module, config = TinyModule(), QuantizationConfig(quant_type="int8")
+    inject_adapters(module, LoRAConfig(rank=2), quantization=config)
+    record = find_record(module)
+    assert record is not None
+    assert record.quantization == config
