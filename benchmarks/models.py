@@ -69,7 +69,12 @@ class Case:
     quantization: str | None = None
 
     def __post_init__(self) -> None:
-        for field, known in (("shape", SHAPES), ("precision", PRECISIONS), ("targets", TARGETS), ("quantization", QUANTIZATIONS)):
+        for field, known in (
+            ("shape", SHAPES),
+            ("precision", PRECISIONS),
+            ("targets", TARGETS),
+            ("quantization", QUANTIZATIONS),
+        ):
             if getattr(self, field) not in known:
                 raise ValueError(f"Case: {field}={getattr(self, field)!r} is unknown, choose of {[*known]}")
 
