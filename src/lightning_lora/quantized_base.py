@@ -13,7 +13,7 @@ from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import QuantizationError, TargetNotFoundError
 from lightning_lora.fresh import is_pretrained_model
 from lightning_lora.quantization.config import QuantizationConfig
-from lightning_lora.quantization.conversion import quantize_layer, quantize_layers
+from lightning_lora.quantization.conversion import quantize_layer, quantize_layers, require_bitsandbytes
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.record import Record
 from lightning_lora.streaming import stream_weights
@@ -48,10 +48,12 @@ def quantize_base(
 
     Raises:
         QuantizationError: If no layer can be quantized, or a weight has no values or values that are not finite.
+        MissingDependencyError: If bitsandbytes is not installed.
         TargetNotFoundError: If a pattern of ``skip_modules`` matches nothing.
         ValueError: If the base was quantized in another format, or has adapters already.
     """
     _check(module, record, quantization)
+    require_bitsandbytes()
     if strict:
         _refuse_idle_patterns(module, quantization)
     selection = layers_to_quantize(module, config, quantization, saved)

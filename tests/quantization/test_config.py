@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -91,3 +93,19 @@ def test_the_record_of_a_module_says_how_it_is_quantized() -> None:
     record = find_record(module)
     assert record is not None
     assert record.quantization == config
+
+
+def test_without_bitsandbytes_the_message_says_what_to_install_and_nothing_is_changed() -> None:
+    code = (
+        "import sys; sys.modules['bitsandbytes'] = None\n"
+        "from torch import nn\n"
+        "from lightning_lora import LoRAConfig, MissingDependencyError, QuantizationConfig, inject_adapters\n"
+        "net = nn.Sequential(nn.Linear(8, 8))\n"
+        "try:\n"
+        "    inject_adapters(net, LoRAConfig(rank=2), quantization=QuantizationConfig())\n"
+        "except MissingDependencyError as error:\n"
+        "    print(error, type(net[0]).__name__)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert "pip install 'lightning-lora[qlora]'" in result.stdout
+    assert result.stdout.strip().endswith("Linear")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,7 +32,6 @@ def quantize_layers(
         QuantizationError: If a weight has no values, or values that are not finite; nothing is changed then.
         MissingDependencyError: If bitsandbytes is not installed.
     """
-    _require_bitsandbytes()
     layers: dict[str, Any] = {name: module.get_submodule(name) for name in names}
     for name, layer in layers.items():
         why = _unfit(layer.weight)
@@ -58,7 +58,9 @@ def quantize_layer(
 
     Raises:
         QuantizationError: If the weight has values that are not finite.
+        MissingDependencyError: If bitsandbytes is not installed.
     """
+    require_bitsandbytes()
     weight = weight.to(device or weight.device)
     codes: Tensor
     cls: type[QuantizedLayer]
@@ -203,10 +205,20 @@ def _refuse_repacked(name: str, layer: nn.Module) -> None:
         )
 
 
-def _require_bitsandbytes() -> None:
+def require_bitsandbytes() -> None:
+    """Import bitsandbytes, or say what to install.
+
+    Raises:
+        MissingDependencyError: If it is not installed.
+    """
+    # It warns that a kernel of the hub would make its own evaluation on a CPU faster, which nothing here uses.
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    was_disabled, logger.disabled = logger.disabled, True
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
             f"A quantized base needs bitsandbytes ({error}): pip install 'lightning-lora[qlora]'"
         ) from error
+    finally:
+        logger.disabled = was_disabled
