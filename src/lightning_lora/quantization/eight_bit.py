@@ -16,7 +16,7 @@ from lightning_lora.errors import QuantizationError
 from lightning_lora.quantization.product import product
 from lightning_lora.quantized_layer import QuantizedLayer
 
-_CHUNK_ROWS = 64
+_CHUNK = 2**14  # values; larger pieces stay in glibc's heap
 _KEYS = ("weight", "SCB", "weight_format")
 
 
@@ -88,15 +88,16 @@ def quantize(weight: Tensor) -> Int8Params:
     Raises:
         QuantizationError: If a value is not finite: its whole row would be lost.
     """
-    chunks = torch.split(weight.detach(), _CHUNK_ROWS)
-    scales = torch.cat([rows.abs().amax(dim=1).float() for rows in chunks])
+    weight = weight.detach()
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    rows = max(1, _CHUNK // max(1, weight.shape[1])) if weight.device.type == "cpu" else len(weight)
+    # bitsandbytes rounds the weight to fp16 first, which overflows beyond 65504 and loses what is below 6e-8.
+    for part, target, scale in zip(*(torch.split(t, rows) for t in (weight, codes, scales)), strict=True):
+        scale.copy_(part.abs().amax(dim=1))
+        target.copy_((part.float() * (127.0 / scale.clamp(min=1e-30)).unsqueeze(1)).round_().clamp_(-127, 127))
     if not torch.isfinite(scales).all():
         raise QuantizationError("its weight holds values that are not finite")
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    # bitsandbytes rounds the weight to fp16 first, which overflows beyond 65504 and loses what is below 6e-8.
-    targets, parts = torch.split(codes, _CHUNK_ROWS), torch.split(scales, _CHUNK_ROWS)
-    for rows, target, scale in zip(chunks, targets, parts, strict=True):
-        target.copy_((rows.float() * (127.0 / scale.clamp(min=1e-30)).unsqueeze(1)).round_().clamp_(-127, 127))
     return as_parameter(codes, scales)
 
 
