@@ -19,6 +19,7 @@ from lightning_lora import (
     LoRAConfig,
     QuantizationConfig,
     QuantizationError,
+    UnsupportedSetupError,
     empty_weights,
     inject_adapters,
 )
@@ -209,3 +210,31 @@ def test_a_lightning_module_built_without_values_trains_on_a_base_streamed_in(tm
     assert all(isinstance(block, QuantizedLayer) for block in module.net.blocks)
     assert all((block.adapters["default"].lora_B != 0).any() for block in module.net.blocks)
     assert torch.equal(module.net.embedding.weight, net().embedding.weight)
+
+
+def test_files_for_a_module_that_has_values_are_refused_and_not_ignored(tmp_path: Path) -> None:
+    source = save(net(), tmp_path / "base.safetensors")
+    with pytest.raises(UnsupportedSetupError, match="has values already"):
+        inject_adapters(net(seed=1), LoRAConfig(rank=2), base_weights=source)
+
+
+def test_a_file_is_not_needed_again_once_the_module_has_its_values(tmp_path: Path) -> None:
+    source, module = save(net(), tmp_path / "base.safetensors"), empty()
+    inject_adapters(module, LoRAConfig(rank=2), base_weights=source)
+    source.unlink()
+    inject_adapters(module, LoRAConfig(rank=2), base_weights=source)
+
+
+def test_a_file_that_holds_the_module_twice_is_refused(tmp_path: Path) -> None:
+    state = {key: value for key, value in net().state_dict().items() if key != "head.weight"}
+    both = {f"{prefix}.{key}": value.clone() for prefix in ("ema_model", "model") for key, value in state.items()}
+    save_file(both, tmp_path / "base.safetensors")
+    with pytest.raises(BaseMismatchError, match="holds the module's tensors twice"):
+        inject_adapters(empty(), LoRAConfig(rank=2), base_weights=tmp_path / "base.safetensors")
+
+
+def test_weights_get_the_dtype_of_the_module_before_they_are_quantized(tmp_path: Path) -> None:
+    source = save(net().bfloat16(), tmp_path / "base.safetensors")
+    module = empty()
+    inject_adapters(module, LoRAConfig(rank=2), quantization=NF4, base_weights=source)
+    assert module.blocks[0].dense_dtype == torch.float32

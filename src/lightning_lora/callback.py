@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from lightning_lora.layers import adapted_layers
 from lightning_lora.lightning_names import is_a
 from lightning_lora.lora import LoRAConfig
 from lightning_lora.merge import MergeConfig, is_merged, unmerge_adapters
+from lightning_lora.merge_bases import original_weights
 from lightning_lora.merge_report import MergeReport
 from lightning_lora.optimizer_swap import OptimizerConfig, as_optimizer_config, swap_optimizers
 from lightning_lora.optimizers import prune_frozen, require_matching_state, require_trainable
@@ -92,7 +94,7 @@ class LoRACallback(pl.Callback):
         self.gradient_checkpointing = as_gradient_checkpointing_config(gradient_checkpointing)
         self.optimizer = as_optimizer_config(optimizer)
         self.base_weights = base_weights
-        self.merge_config = _as_merge_config(merge_on_fit_end)
+        self.merge_config = _as_merge_config(merge_on_fit_end, base_weights)
         self.print_report = print_report
         self.report: InjectionReport | None = None
         self.merge_report: MergeReport | None = None
@@ -104,7 +106,7 @@ class LoRACallback(pl.Callback):
         check_trainer(trainer, self, kind=LoRACallback, merges=self.merge_config is not None)
         if stage == "fit":
             if self.merge_config is not None:
-                check_merge(trainer, pl_module, self.merge_config)
+                check_merge(trainer, self.merge_config)
             if is_merged(pl_module):
                 unmerge_adapters(pl_module)
         checkpointing = self.gradient_checkpointing if stage == "fit" else None
@@ -123,6 +125,8 @@ class LoRACallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave only trained parameters in the optimizers, and refuse a run that would train nothing."""
         self._remember_report(trainer, pl_module)
+        if self.merge_config is not None and self.merge_config.base == "original":
+            original_weights(pl_module, self.merge_config.original)  # what is not there is found now
         prepare_averaging(trainer, pl_module)
         optimizers = [o for o in trainer.optimizers if o.param_groups]
         if optimizers:
@@ -273,13 +277,15 @@ def _as_config(config: Any) -> LoRAConfig:
     return config
 
 
-def _as_merge_config(merge: Any) -> MergeConfig | None:
+def _as_merge_config(merge: Any, base_weights: str | Path | None) -> MergeConfig | None:
     if isinstance(merge, bool):
         return MergeConfig() if merge else None
     if isinstance(merge, Mapping):
-        return MergeConfig(**{str(key): value for key, value in merge.items() if key != "_target_"})
+        merge = MergeConfig(**{str(key): value for key, value in merge.items() if key != "_target_"})
     if merge is not None and not isinstance(merge, MergeConfig):
         raise ValueError(f"merge_on_fit_end must be True, False or a MergeConfig, got {merge!r}.")
+    if merge is not None and merge.base == "original" and merge.original is None and base_weights is not None:
+        return dataclasses.replace(merge, original=str(base_weights))
     return merge
 
 

@@ -26,13 +26,12 @@ from lightning_lora.injection import disable_adapters
 from lightning_lora.layers import adapted_layers
 from lightning_lora.lightning_names import is_a
 from lightning_lora.merge import MergeConfig, is_merged, measure_merge, merge_adapters, unmerge_adapters
-from lightning_lora.merge_bases import check_original
 from lightning_lora.merge_report import MergeReport, OutputDifference
 from lightning_lora.sample import SampleCall, agree, comparable, difference, rounding
 from lightning_lora.targets.patterns import canonical
 
 
-def check_merge(trainer: pl.Trainer, module: pl.LightningModule, config: MergeConfig) -> None:
+def check_merge(trainer: pl.Trainer, config: MergeConfig) -> None:
     """Refuse, before the training, a merge that could not be done after it.
 
     Raises:
@@ -42,8 +41,6 @@ def check_merge(trainer: pl.Trainer, module: pl.LightningModule, config: MergeCo
         raise UnsupportedSetupError(
             'MergeConfig(source="best") needs a ModelCheckpoint(monitor=...) in the Trainer to say which is best.'
         )
-    if config.base == "original":
-        check_original(module, config.original)
     parent = artifact_path(trainer, config).parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir():
@@ -107,9 +104,15 @@ def _merged_outputs(module: pl.LightningModule, config: MergeConfig, sample: Sam
     except MergeError:  # the live dtype can't hold it; merging in place says so
         return None
     try:
-        return sample.outputs(module)
+        outputs = sample.outputs(module)
     finally:
         unmerge_adapters(module)
+    if not outputs:
+        raise MergeError(
+            "The merged module can't compute the batch that the adapted one does (other dtypes beside the merged "
+            "weights?). Nothing was written; the adapters and their checkpoints are untouched."
+        )
+    return outputs
 
 
 def _equal(outputs: list[Tensor], others: list[Tensor]) -> bool:

@@ -20,7 +20,7 @@ from lightning_lora.originals import named_state, note_values, restore_values
 from lightning_lora.patches import unpatch
 from lightning_lora.quantization.config import QuantizationConfig
 from lightning_lora.quantization.conversion import adopt_foreign, release_foreign
-from lightning_lora.quantized_base import describe_quantized, note_format, quantize_base
+from lightning_lora.quantized_base import check_codes, describe_quantized, note_format, quantize_base
 from lightning_lora.quantized_layer import QuantizedLayer, dense_numel
 from lightning_lora.record import Record, drop_record, find_nested_record, find_record, store_record
 from lightning_lora.report import InjectionReport, LayerRow
@@ -109,16 +109,18 @@ def extend_adapters(
     saved_modules, saved = _saved_names(module, config, strict=strict)
     with _all_or_nothing(module):
         adopt_foreign(module)
+        _refuse_codes(module, saved)
         selection = select_targets(module, config, saved=frozenset(saved_modules), strict=strict)
         if not selection.targets:
             return None
-        files = None if base_weights is None or not strict else WeightFiles(base_weights)
+        files = _files(module, record, base_weights) if strict else None
         if quantization is not None:
             quantize_base(
                 module, record, config, quantization, saved=saved_modules, strict=strict, device=device, files=files
             )
         elif files is not None:
             stream_weights(module, files)
+        check_codes(module)
         note_format(module, record)
         record.saved = list(dict.fromkeys([*record.saved, *saved]))
         acts = _attach(module, selection, config, name, is_new=name not in record.configs)
@@ -150,7 +152,7 @@ def remove_adapters(module: nn.Module) -> None:
         restore_values(module, record)
         for _, layer in list(adapted_layers(module)):
             detach_adapters(layer)
-        release_foreign(module)
+    release_foreign(module)
     thaw(module, record)
     for attribute in record.patched:
         patched = module.__dict__.get(attribute)
@@ -256,6 +258,31 @@ def _under_all_names(module: nn.Module, owners: set[str], saved: list[str]) -> t
     # A layer whose bias alone is trained can carry an adapter.
     owners |= {owner for owner, _, key in (key.rpartition(".") for key in saved) if key == "weight"}
     return owners, list(dict.fromkeys(map(canonical, saved)))
+
+
+def _files(module: nn.Module, record: Record, base_weights: str | Path | None) -> WeightFiles | None:
+    """The files of a base without values; None where there is nothing to fill."""
+    if base_weights is None:
+        return None
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return WeightFiles(base_weights)
+    if not record.configs:
+        raise UnsupportedSetupError(
+            f"base_weights={str(base_weights)!r} would be ignored: the module has values already. Build it within "
+            "lightning_lora.empty_weights(), or load its weights yourself."
+        )
+    return None
+
+
+def _refuse_codes(module: nn.Module, saved: list[str]) -> None:
+    """Codes can't be trained: refuse to train in full what is stored so."""
+    for name, child in module.named_modules():
+        if isinstance(child, QuantizedLayer) and canonical(f"{name}.weight".lstrip(".")) in saved:
+            raise UnsupportedSetupError(
+                f"modules_to_save: {name!r} is stored as {child.describe()} and can't be trained in full. Build the "
+                "module anew and leave the layer dense (QuantizationConfig.skip_modules; in transformers "
+                "llm_int8_skip_modules)."
+            )
 
 
 @contextmanager

@@ -26,12 +26,10 @@ class KeptWeight:
     weight: Tensor
     quantized: tuple[type[QuantizedLayer], dict[str, Any]] | None = None
 
-    def matrix_for(self, layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    def matrix_for(self, layer: nn.Module) -> Tensor:
         """The dense weight as ``(out_features, in_features)``, for a layer of the class that it was kept from.
 
-        Args:
-            layer: The layer.
-            dtype: Of what codes are dequantized to; None: of the weight that they were made of.
+        Codes are dequantized to at least fp32.
         """
         if self.quantized is None:
             host = host_of(layer)
@@ -41,13 +39,15 @@ class KeptWeight:
         twin = cls.__new__(cls)
         nn.Module.__init__(twin)
         become_quantized(twin, cls, self.weight, **settings)
-        return twin.dequantize(dtype or settings["dense_dtype"])
+        return twin.dequantize(torch.promote_types(torch.float32, settings["dense_dtype"]))
 
 
 def replace_weight(layer: Any, matrix: Tensor) -> KeptWeight:
     """Give a layer without adapters the dense weight ``matrix``, ``(out_features, in_features)``."""
     if isinstance(layer, QuantizedLayer):
-        cls, codes, settings = become_dense(layer, nn.Parameter(matrix, requires_grad=False))
+        parameter: Any = nn.Parameter(matrix, requires_grad=False)
+        parameter._is_hf_initialized = True  # else transformers' mark says that it was drawn at random
+        cls, codes, settings = become_dense(layer, parameter)
         return KeptWeight(codes, (cls, settings))
     host = host_of(layer)
     assert host is not None

@@ -121,7 +121,7 @@ def merged_weights(module: nn.Module, config: MergeConfig, norms: Norms | None =
         merged, codes = base + update, None
         if config.base == "requantized" and isinstance(layer, QuantizedLayer):
             codes = layer.codes_of(merged)
-            merged = KeptWeight(codes, _format_of(layer)).matrix_for(layer, merged.dtype)
+            merged = KeptWeight(codes, _format_of(layer)).matrix_for(layer)
         stored = merged.to(dtype or layer.weight_dtype)
         if not torch.isfinite(stored).all():
             raise MergeError(

@@ -66,16 +66,6 @@ def original_weights(module: nn.Module, source: str | None) -> Callable[[str, La
     return read
 
 
-def check_original(module: nn.Module, source: str | None) -> None:
-    """Refuse, before a training, a merge into original weights of which nothing says where they are.
-
-    Raises:
-        MergeError: With what to name.
-    """
-    if source is None:
-        _loaded_from(module)
-
-
 def _loaded_from(module: nn.Module) -> str:
     for child in module.modules():
         if is_pretrained_model(child):

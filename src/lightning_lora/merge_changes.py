@@ -51,8 +51,9 @@ def _is_merge_cast(module: nn.Module, merged: MergedState, name: str, weight: Te
     if host is None:
         return False
     base = merged.weights[name].matrix_for(layer)
-    adapters = merged.adapters[name].to(base.device)
-    matrix = host.as_weight(fold(base, [cast(Adapter, adapters[key]) for key in merged.active[name]]).to(base.dtype))
+    adapters = merged.adapters.get(name, nn.ModuleDict()).to(base.device)
+    folded = fold(base, [cast(Adapter, adapters[key]) for key in merged.active.get(name, ())])
+    matrix = host.as_weight(folded.to(merged.sums[weight_of(name)][0]))
     return matrix.shape == weight.shape and torch.equal(matrix.to(weight.dtype), weight.detach().to(base.device))
 
 

@@ -73,7 +73,27 @@ def quantize_base(
         stream_weights(module, files, quantize=quantize, names=names)
         names = [name for name in names if not isinstance(module.get_submodule(name), QuantizedLayer)]
     quantize_layers(module, names, quantization, device=device)
+    if strict and not any(getattr(child, "stored_as", None) == quantization for child in module.modules()):
+        kinds = {child.describe() for child in module.modules() if isinstance(child, QuantizedLayer)}
+        raise QuantizationError(
+            f"All linear layers of {type(module).__name__} are stored as {', '.join(sorted(kinds))} already. Leave "
+            "quantization=... out, or build the module with dense weights."
+        )
     record.quantization = quantization
+
+
+def check_codes(module: nn.Module) -> None:
+    """Refuse codes that somebody wrote numbers over: 8-bit codes have the shape of the weight that they stand for.
+
+    Raises:
+        QuantizationError: With the name of the layer.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, QuantizedLayer) and not child.is_intact():
+            raise QuantizationError(
+                f"The {child.describe()} codes of {name!r} were written over in place (weight.data.copy_(...)). Load "
+                "weights with load_state_dict, which quantizes them, or before the injection."
+            )
 
 
 def note_format(module: nn.Module, record: Record) -> None:

@@ -57,6 +57,10 @@ class QuantizedLayer(nn.Module):
     def code_keys(self) -> tuple[str, ...]:
         """Keys of the layer's state dict that are no parameters."""
 
+    def is_intact(self) -> bool:
+        """False where the codes can't be what a quantization made."""
+        return True
+
     @abstractmethod
     def describe(self) -> str:
         """The format, such as ``"nf4 (double)"``."""

@@ -66,10 +66,11 @@ def stream_weights(
     layers = {id(module.get_submodule(name)) for name in names}
     for key, source in found.items():
         value = files.read(source)
+        holder: Any
         holder, name = places[key][0]
         if quantize is not None and name == "weight" and id(holder) in layers:
             try:
-                quantize(holder, value)
+                quantize(holder, value.to(holder.weight.dtype))
             except QuantizationError as error:
                 raise QuantizationError(f"{key!r} can't be quantized: {error}.") from None
         else:
@@ -96,11 +97,21 @@ def match_names(module: nn.Module, files: WeightFiles, names: Collection[str]) -
     """Which of ``names`` of ``module`` is called what in the files, by the prefixes under which most are found."""
     inner = [f"{name}." if name else "" for name, _ in module.named_modules() if name.count(".") < 3]
     outer = ["", *sorted({f"{name.split('.')[0]}." for name in files.files if "." in name})]
-    best: dict[str, str] = {}
+    found: list[dict[str, str]] = [{}]
     for prefix, other in itertools.product(inner, outer):
         pairs = {name: other + name.removeprefix(prefix) for name in names if name.startswith(prefix)}
         pairs = {name: source for name, source in pairs.items() if source in files.files}
-        best = max(best, pairs, key=len)
+        if pairs and all(name == source for name, source in pairs.items()) and len(pairs) == len(names):
+            return pairs
+        found.append(pairs)
+    best = max(found, key=len)
+    rival = next((pairs for pairs in found if pairs.keys() == best.keys() and pairs != best), None)
+    if rival is not None:
+        one, other = next((a, b) for a, b in zip(best.values(), rival.values(), strict=True) if a != b)
+        raise BaseMismatchError(
+            f"{files.source} holds the module's tensors twice, such as {one!r} and {other!r}. Save the one that is "
+            "meant to a file of its own."
+        )
     return best
 
 

@@ -14,6 +14,7 @@ from lightning_lora import (
     QuantizationConfig,
     QuantizationError,
     TargetNotFoundError,
+    UnsupportedSetupError,
     inject_adapters,
     remove_adapters,
 )
@@ -242,3 +243,18 @@ def test_a_head_that_from_pretrained_initialised_anew_stays_dense(tmp_path: Any)
     assert len(names) == 7  # six of the block, and the pooler
     assert not [name for name in names if "classifier" in name]
     assert model.classifier.weight.requires_grad
+
+
+def test_training_a_layer_in_full_that_is_stored_as_codes_is_refused() -> None:
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    inject_adapters(module, LoRAConfig(rank=2), quantization=QuantizationConfig())
+    with pytest.raises(UnsupportedSetupError, match=r"'1' is stored as nf4 and can't be trained in full"):
+        inject_adapters(module, LoRAConfig(rank=2, modules_to_save=("1",)), name="second")
+
+
+def test_8_bit_codes_that_were_written_over_in_place_are_refused() -> None:
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    inject_adapters(module, LoRAConfig(rank=2), quantization=QuantizationConfig(quant_type="int8"))
+    module[1].weight.data.copy_(torch.randn(64, 64))  # as a setup() does that loads pretrained weights by hand
+    with pytest.raises(QuantizationError, match=r"'1' were written over in place"):
+        inject_adapters(module, LoRAConfig(rank=2), quantization=QuantizationConfig(quant_type="int8"))

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_lora import (
+    LoRACallback,
     LoRAConfig,
     MergeConfig,
     MergeError,
@@ -184,3 +185,26 @@ def test_a_format_is_noted_again_when_adapters_were_removed_and_injected_anew() 
     record = find_record(module)
     assert record is not None
     assert record.quantization == QuantizationConfig()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32 base", "bf16 base"])
+def test_a_partly_adapted_merged_module_that_was_cast_can_be_unmerged(dtype: torch.dtype) -> None:
+    module = dense().to(dtype)
+    inject_adapters(module, LoRAConfig(rank=2, target_modules=["0"]), quantization=QuantizationConfig())
+    nn.init.normal_(module[0].adapters["default"].lora_B, std=0.02)
+    codes = module[0].weight.clone()
+    merge_adapters(module)
+    module.to(torch.float16)
+    unmerge_adapters(module)
+    assert torch.equal(module[0].weight, codes)
+
+
+def test_after_a_merge_no_layer_of_a_pretrained_model_is_taken_for_newly_initialised() -> None:
+    module = trained({"quant_type": "nf4"})
+    merge_adapters(module)
+    assert all(getattr(module[index].weight, "_is_hf_initialized", False) for index in (0, 2, 4))
+
+
+def test_the_original_is_where_the_base_was_streamed_from(tmp_path: Path) -> None:
+    callback = LoRACallback(base_weights=tmp_path / "base", merge_on_fit_end=MergeConfig(base="original"))
+    assert callback.merge_config == MergeConfig(base="original", original=str(tmp_path / "base"))

@@ -188,11 +188,18 @@ def test_a_state_dict_builds_a_weight_of_bitsandbytes_and_comes_back_from_its_la
 def test_8_bit_codes_go_into_a_layer_of_bitsandbytes_and_back() -> None:
     layer = quantized("int8")
     theirs = bnb.nn.Linear8bitLt(64, 8, has_fp16_weights=False).to("cpu")
-    theirs.load_state_dict(layer.state_dict())
+    state = layer.state_dict()
+    theirs.load_state_dict({**state, "weight": state["weight"].view(8, 64)})
     assert torch.equal(theirs.weight.data, layer.weight.data)
     back = other("int8")
     back.load_state_dict(theirs.state_dict())
     assert equal_codes(back, layer)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_codes_are_never_taken_for_the_weight_of_a_dense_layer(form: str) -> None:
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        nn.Linear(64, 8).load_state_dict(quantized(form).state_dict(), strict=False)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -121,7 +121,7 @@ def adopt_foreign(module: nn.Module) -> list[str]:
     for name, child in list(module.named_modules()):
         kind = foreign_kind(child)
         if kind is not None:
-            _adopt(name, child, kind)
+            _adopt(name, child, kind, beside=_dtype_beside(module, child))
         if isinstance(child, QuantizedLayer):
             found.append(name)
     return found
@@ -158,7 +158,15 @@ def foreign_kind(module: nn.Module) -> str | None:
     return None
 
 
-def _adopt(name: str, layer: Any, kind: str) -> None:
+def _dtype_beside(module: nn.Module, layer: nn.Module) -> torch.dtype:
+    """Of the bias of a layer, else of the first floating-point parameter of the module that is no code."""
+    codes = {id(child.weight) for child in module.modules() if foreign_kind(child) or isinstance(child, QuantizedLayer)}
+    parameters = [*layer.parameters(recurse=False), *module.parameters()]
+    found = (p.dtype for p in parameters if id(p) not in codes and p.is_floating_point())
+    return next(found, torch.float16)
+
+
+def _adopt(name: str, layer: Any, kind: str, *, beside: torch.dtype) -> None:
     codes: Any
     cls: type[QuantizedLayer]
     _refuse_own_forward(name, layer, kind)
@@ -179,7 +187,7 @@ def _adopt(name: str, layer: Any, kind: str) -> None:
         state = layer.__dict__.pop("state")
         was = type(layer), {"state": state}
         codes = eight_bit.adopt(layer.weight, state)
-        compute_dtype, dense_dtype, cls = None, torch.float16, eight_bit.QuantizedLinear8bit
+        compute_dtype, dense_dtype, cls = None, beside, eight_bit.QuantizedLinear8bit
     become_quantized(layer, cls, codes, dense_dtype=dense_dtype, compute_dtype=compute_dtype, **{_FOREIGN: was})
 
 

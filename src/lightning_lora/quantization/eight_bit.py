@@ -6,6 +6,8 @@ training and evaluation compute the same, and a merge into the dequantized weigh
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from bitsandbytes.autograd._functions import MatmulLtState
 from bitsandbytes.nn.modules import Int8Params, Linear8bitLt
@@ -56,6 +58,13 @@ class QuantizedLinear8bit(QuantizedLayer, Linear8bitLt):
         return _KEYS[1:]
 
     @override
+    def is_intact(self) -> bool:
+        if self.weight.is_meta or not self.weight.numel():
+            return True
+        largest = self.weight.data.view(torch.int8).abs().amax(dim=1)  # of every row: what its scale stands for
+        return bool(((largest == 127) | (self.weight.SCB == 0)).all())
+
+    @override
     def describe(self) -> str:
         return "int8"
 
@@ -68,10 +77,21 @@ class QuantizedLinear8bit(QuantizedLayer, Linear8bitLt):
         return key in _KEYS
 
     @override
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if not keep_vars:
+            # A dense layer would take codes of its weight's shape for the weight: transformers casts them, and says
+            # nothing. As a column, as 4-bit codes are, it refuses them.
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].view(-1, 1)
+
+    @override
     def _take(self, saved: dict[str, Tensor]) -> list[str]:
         found, scales = saved["weight"].detach().as_subclass(Tensor), saved.get("SCB")
-        if tuple(found.shape) != (self.out_features, self.in_features):
-            return [f"{tuple(found.shape)} in the file and {tuple(self.weight.shape)} here"]
+        shape = (self.out_features, self.in_features)
+        if tuple(found.shape) == (self.weight.numel(), 1) and found.dtype == torch.int8:
+            found = found.view(shape)
+        if tuple(found.shape) != shape:
+            return [f"{tuple(found.shape)} in the file and {shape} here"]
         if found.is_floating_point():
             self.requantize(found.to(self.dense_dtype))
         elif found.dtype != torch.int8 or scales is None or scales.shape != self.weight.SCB.shape:
