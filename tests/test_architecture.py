@@ -30,7 +30,7 @@ GROUPS = (
         "weight_files",
         "streaming",
     ),
-    ("layers", "quantized_layer", "quantization", "fresh", "kept_weights", "record"),
+    ("layers", "quantized_layer", "quantization", "fresh", "dense_models", "kept_weights", "record"),
     ("targets", "lora", "frozen", "fingerprint"),
     ("quantized_base",),
     ("gradient_checkpointing",),

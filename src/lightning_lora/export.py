@@ -10,7 +10,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lightning_lora.checkpoint import adapter_keys
+from lightning_lora.dense_models import declare_dense
 from lightning_lora.errors import LightningLoRAError, MergeError
 from lightning_lora.fresh import is_pretrained_model
 from lightning_lora.merge import DTYPES, MergeConfig, merged_weights, plain_weights, unused_folder
@@ -179,34 +179,17 @@ def _tokenizers(module: nn.Module) -> list[Any]:
 
 def _save_pretrained(model: Any, folder: Path, state: dict[str, Tensor], tokenizers: list[Any]) -> None:
     dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-    with _dense(model):
+    restore = declare_dense(model)
+    try:
         model.save_pretrained(folder, state_dict=dict(state))  # which empties the dict that it gets
+    finally:
+        restore()
     # save_pretrained notes the live model's dtype, from_pretrained casts to what is noted.
     noted = json.loads((folder / "config.json").read_text())
     noted.update({key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in noted})
     (folder / "config.json").write_text(json.dumps(noted, indent=2, sort_keys=True) + "\n")
     for tokenizer in tokenizers:
         tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _dense(model: Any) -> Iterator[None]:
-    """For the time of a save, a model that was loaded from a quantized file is what its layers are: dense.
-
-    transformers refuses to save a model that it dequantized on loading (GGUF) and would write its quantization config.
-    """
-    config, attributes = model.config, ("hf_quantizer", "is_quantized", "quantization_method")
-    kept = {name: vars(model)[name] for name in attributes if name in vars(model)}
-    quantization = vars(config).pop("quantization_config", None)
-    for name in kept:
-        delattr(model, name)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(model, name, value)
-        if quantization is not None:
-            config.quantization_config = quantization
 
 
 def _umask() -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.class_swap import original_class
+from lightning_lora.dense_models import declare_dense
 from lightning_lora.errors import MergeError
 from lightning_lora.frozen import keep_base_as_is
 from lightning_lora.injection import thaw
@@ -230,6 +231,8 @@ def merge_adapters(module: nn.Module, config: MergeConfig | None = None) -> Merg
     if config.base != "requantized":
         for name, plain, dense in plain_weights(module, config):
             merged.weights[name] = replace_weight(plain, dense)
+        if any(kept.quantized for kept in merged.weights.values()):
+            merged.redeclare = declare_dense(module)
     thaw(module, record)
     merged.sums = base_sums(module, record)
     record.merged = merged
@@ -270,10 +273,13 @@ def unmerge_for_now(module: nn.Module) -> Callable[[], None]:
     layers = {canonical(name): child for name, child in module.named_modules()}
     stored = {name: snapshot(layers[canonical(name)]) for name in weights if canonical(name) in layers}
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
+    declared = merged is not None and merged.redeclare is not None
     unmerge_adapters(module)
 
     def merge_again() -> None:
         assert record is not None
+        if merged is not None and declared:
+            merged.redeclare = declare_dense(module)
         for name, restore in stored.items():
             layer = layers[canonical(name)]
             if isinstance(layer, AdaptedLayer):
@@ -298,6 +304,9 @@ def _unfold(module: nn.Module, record: Record, merged: MergedState) -> None:
         layer = attach_adapter(layers[canonical(name)], next(iter(merged.adapters[name])))
         layer.adapters = merged.adapters[name].to(layer.weight.device).train(layer.training)
         layer.active = merged.active[name]
+    if merged.redeclare is not None:
+        merged.redeclare()
+        merged.redeclare = None
     record.merged = None
     _freeze_again(module, record)
 

@@ -6,6 +6,7 @@ It is a plain object in the module's ``__dict__``, copied and pickled with it; t
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class MergedState:
         active: Layer name -> the names of the adapters that acted.
         weights: Layer name -> what was the base weight. Left behind when a merged module is pickled or
             copied: the copy is a plain module that can't be unmerged.
+        redeclare: Undoes that transformers models were declared dense, where quantized layers became dense.
         sums: Name -> dtype and checksum of each parameter of the base as the merge left it, merged or not: what is
             trained after the merge is in no adapter-only file, and unmerging would throw it away.
     """
@@ -37,9 +39,10 @@ class MergedState:
     active: dict[str, tuple[str, ...]] = field(default_factory=dict)
     weights: dict[str, KeptWeight] | None = field(default_factory=dict)
     sums: dict[str, tuple[torch.dtype, int]] = field(default_factory=dict)
+    redeclare: Callable[[], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "weights": None}
+        return {**self.__dict__, "weights": None, "redeclare": None}
 
 
 @dataclass

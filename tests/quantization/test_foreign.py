@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, QuantizationConfig, QuantizationError, inject_adapters, remove_adapters
+from lightning_lora import (
+    LoRAConfig,
+    QuantizationConfig,
+    QuantizationError,
+    inject_adapters,
+    merge_adapters,
+    remove_adapters,
+    unmerge_adapters,
+)
 from lightning_lora.layers import adapted_layers
 from lightning_lora.quantization.conversion import foreign_kind
 from lightning_lora.quantized_layer import QuantizedLayer
@@ -226,3 +234,24 @@ def test_a_model_that_transformers_quantized_trains_after_an_evaluation(way: str
     remove_adapters(model)
     assert type(layer) is own
     torch.testing.assert_close(model(ids).logits, before, **CLOSE)
+
+
+@pytest.mark.parametrize("way", ["4bit", "8bit"])
+def test_a_merged_model_that_transformers_quantized_is_dense_and_can_be_saved_and_opened(
+    way: str, folder: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=transformers.BitsAndBytesConfig(**WAYS[way])
+    )
+    inject_adapters(model, LoRAConfig(rank=2))
+    ids = torch.arange(8)[None]
+    live = model(ids).logits
+    merge_adapters(model)
+    torch.testing.assert_close(model(ids).logits, live, **CLOSE)
+    model.save_pretrained(tmp_path)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(opened(ids).logits, live, **CLOSE)
+    unmerge_adapters(model)
+    assert model.config.quantization_config is not None
+    assert torch.equal(model(ids).logits, live)
