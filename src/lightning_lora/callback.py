@@ -25,6 +25,7 @@ from lightning_lora.gradient_checkpointing import (
     as_gradient_checkpointing_config,
     disable_gradient_checkpointing,
     enable_gradient_checkpointing,
+    never_called,
     recomputed_blocks,
 )
 from lightning_lora.guards import check_still_frozen, check_trainer, explain, warn_of_eval_mode, warn_of_idle
@@ -192,6 +193,7 @@ class LoRACallback(pl.Callback):
         """After the first batch with a backward: report adapters that the loss does not reach."""
         if self._waiting is not None and self._backwards:
             _check_reached(pl_module, self._waiting)
+            _check_recomputed(pl_module)
             self._waiting = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -305,6 +307,16 @@ def _check_reached(module: nn.Module, missed: dict[int, str]) -> None:
         f"{len(names)} of {trainable} adapter tensors got no gradient from the first training step, such as "
         f"{names[0]!r}: either this batch did not use the layer, or its forward is bypassed and it will never train."
     )
+
+
+def _check_recomputed(module: nn.Module) -> None:
+    idle = never_called(module)
+    if idle:
+        rank_zero_warn(
+            f"{len(idle)} blocks that gradient checkpointing should recompute were not called in the first training "
+            f"step, such as {idle[0]!r}: their activations are kept if something else runs their layers. Name the "
+            "blocks that are called (GradientCheckpointingConfig(blocks=...))."
+        )
 
 
 def _checkpoint_bytes(trainer: pl.Trainer) -> int | None:

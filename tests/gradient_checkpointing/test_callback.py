@@ -123,3 +123,15 @@ def test_blocks_that_are_nowhere_are_refused_before_the_training(tmp_path: Path)
         fitted(tmp_path, GradientCheckpointingConfig(blocks=("layres.0",)), module=module)
     assert module.seen == []
     assert not adapters_of(module)
+
+
+def test_blocks_that_are_never_called_are_warned_of(tmp_path: Path) -> None:
+    class Bypassing(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                for layer in block:  # so that no block's forward runs
+                    x = layer(x)
+            return x
+
+    with pytest.warns(UserWarning, match=r"3 blocks that gradient checkpointing .* such as 'blocks.0'"):
+        fitted(tmp_path, True, module=Bypassing())
