@@ -151,9 +151,21 @@ def stack_of_chains() -> nn.Module:
     return nn.Sequential(*(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(3)))
 
 
-def plain_chain() -> nn.Module:
+def plain_chain() -> nn.Sequential:
     layers = [part for _ in range(4) for part in (nn.Linear(8, 8), nn.GELU(), nn.Dropout(0.1))]
     return nn.Sequential(*layers)
+
+
+class Autoencoder(nn.Module):
+    """Two plain chains and nothing else that repeats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = plain_chain(), plain_chain()
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.decoder(self.encoder(input))
+        return output
 
 
 def tokens() -> Tensor:
@@ -179,7 +191,7 @@ CASES = {
     "transformers_resnet": Case(resnet_of_transformers, lambda: {"pixel_values": images()}, 4, adapted=False),
     "stack": Case(lambda: stack(0.1), rows, 4),
     "stack_of_chains": Case(stack_of_chains, rows, 3),
-    "plain_chain": Case(plain_chain, rows, 1),
+    "plain_chains": Case(Autoencoder, rows, 2),
 }
 
 

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_lora.gradient_checkpointing import GradientCheckpointingConfig, enable_gradient_checkpointing
+from lightning_lora import UnsupportedSetupError, disable_adapters
+from lightning_lora.gradient_checkpointing import (
+    GradientCheckpointingConfig,
+    enable_gradient_checkpointing,
+    never_called,
+)
 from tests.gradient_checkpointing.cases import (
     Block,
     adapt,
@@ -134,6 +139,135 @@ def test_a_block_may_take_and_return_anything() -> None:
     plain, module = twins(Talk())
     assert_same(gradients(module, rows()), gradients(plain, rows()))
     assert recomputations(module, rows()) == {f"layers.{i}": 1 for i in range(3)}
+
+
+class Updating(Block):
+    """Writes its result into the dict and the list inside it that it is passed, as blocks of graph networks do."""
+
+    def forward(self, state: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        hidden = super().forward(state["parts"][0] * (1 + state["runs"]))
+        state["parts"][0], state["runs"] = hidden, state["runs"] + 1
+        state["losses"].append(hidden.square().mean())
+        return state
+
+
+class UpdatingStack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.blocks = nn.Linear(8, 8), nn.ModuleList(Updating(8, dropout=0.5) for _ in range(3))
+
+    def forward(self, input: Tensor) -> Tensor:
+        given = state = {"parts": [self.project(input)], "runs": 0, "losses": []}
+        for block in self.blocks:
+            state = block(state)
+        assert state is given and state["runs"] == len(state["losses"]) == 3
+        return state["parts"][0] * sum(state["losses"])
+
+
+def test_a_block_may_change_dicts_and_lists_that_it_is_passed() -> None:
+    plain, module = twins(UpdatingStack())
+    assert_same(gradients(module, rows()), gradients(plain, rows()))
+
+
+def test_a_tensor_in_a_list_that_is_changed_in_place_later_is_an_error_and_no_wrong_gradient() -> None:
+    module = UpdatingStack()
+    enable_gradient_checkpointing(module)
+    hidden = rows()["input"]
+    state = module.blocks[0]({"parts": [hidden], "runs": 0, "losses": []})
+    hidden.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        state["parts"][0].sum().backward()
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_the_adapters_of_the_first_run_act_in_the_second_one(backward_inside: bool) -> None:
+    """A loss against the model without adapters, with gradients; then a backward within the context."""
+    found = []
+    for module in twins(build("stack")):
+        torch.manual_seed(1)
+        loss = loss_of(call(module, rows()))
+        with disable_adapters(module):
+            reference = loss_of(call(module, {"input": rows()["input"].requires_grad_()}))
+            if backward_inside:
+                (loss - reference).square().backward()
+        if not backward_inside:
+            (loss - reference).square().backward()
+        found.append({key: grad for key, grad in _grads(module) if key.endswith(("lora_A", "lora_B"))})
+        layers = [layer for layer in module.modules() if hasattr(layer, "active")]
+        assert layers and all(layer.active == ("default",) for layer in layers)
+    assert all(grad is not None and grad.abs().max() > 0 for grad in found[0].values())
+    assert_same(found[1], found[0])
+
+
+class Averaging(Block):
+    """A block with a running mean of its own; in place or as a new tensor."""
+
+    def __init__(self, *, in_place: bool = True) -> None:
+        super().__init__(8)
+        self.in_place = in_place
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            self.mean = self.mean.copy_(mean) if self.in_place else mean
+        return super().forward(x - self.mean)
+
+
+def spectral() -> nn.Module:
+    block = Block(8)
+    nn.utils.parametrizations.spectral_norm(block.up)
+    return block
+
+
+@pytest.mark.parametrize(
+    ("make", "buffer"),
+    [
+        (Averaging, "'mean'"),
+        (lambda: Averaging(in_place=False), "'mean'"),
+        (spectral, r"'up\.parametrizations\.weight\.0\._u'"),
+    ],
+    ids=["in place", "as a new tensor", "spectral_norm"],
+)
+def test_a_block_that_changes_a_buffer_of_its_own_is_refused_by_name(make: Any, buffer: str) -> None:
+    _, module = twins(nn.Sequential(make(), make()))
+    with pytest.raises(UnsupportedSetupError, match=rf"changes its buffer {buffer}.*blocks="):
+        gradients(module, rows())
+
+
+def test_a_buffer_that_stays_in_eval_mode_is_no_hindrance() -> None:
+    plain, module = twins(nn.Sequential(Averaging(), Averaging()).eval())
+    assert_same(gradients(module, rows()), gradients(plain, rows()))
+
+
+class Table(Block):
+    """Keeps a table in a buffer that grows with the input, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.register_buffer("table", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.table) < len(x):
+            self.table = torch.arange(1.0, 1 + len(x))
+        return super().forward(x * self.table[: len(x), None])
+
+
+def test_a_table_that_grows_with_the_input_is_no_hindrance() -> None:
+    plain, module = twins(nn.Sequential(Table(), Table()))
+    assert_same(gradients(module, rows()), gradients(plain, rows()))
+
+
+def test_blocks_whose_forward_is_never_called_with_gradients_are_named() -> None:
+    module = stack()
+    enable_gradient_checkpointing(module)
+    with torch.no_grad():
+        module(rows()["input"])
+    assert never_called(module) == ["1", "2", "3", "4"]
+    module[2](module[0](rows()["input"]))  # type: ignore[index]
+    assert never_called(copy.deepcopy(module)) == never_called(module) == ["1", "3", "4"]
+    enable_gradient_checkpointing(module)
+    assert never_called(module) == ["1", "2", "3", "4"]
 
 
 class Loop(nn.Module):

@@ -97,10 +97,15 @@ def test_lists_of_single_layers_and_of_modules_without_parameters_are_no_blocks(
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_a_plain_mlp_is_one_block_where_there_is_no_other(adapted: bool) -> None:
+def test_a_plain_mlp_is_one_block_where_there_is_another_of_its_kind_only(adapted: bool) -> None:
     module = Holder(encoder=chain(8, 4, 2), decoder=chain(2, 4, 8), head=nn.Linear(8, 8))
     if adapted:
         inject_adapters(module, LoRAConfig(rank=1))
     assert found(module) == ["encoder", "decoder"]
-    assert found(chain(4, 4, 4)) == [""]
     assert found(Holder(head=chain(8, 8, 2), blocks=nn.ModuleList([Block(), Block()]))) == ["blocks.0", "blocks.1"]
+
+
+def test_a_single_plain_chain_is_no_block_until_it_is_split() -> None:
+    assert found(chain(4, 4, 4, 4, 4)) == []
+    assert found(Holder(body=chain(4, 4, 4, 4, 4), head=nn.Linear(4, 2))) == []
+    assert found(nn.Sequential(chain(4, 4, 4), chain(4, 4, 4))) == ["0", "1"]

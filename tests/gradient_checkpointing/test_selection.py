@@ -12,7 +12,7 @@ from lightning_lora.gradient_checkpointing import (
     enable_gradient_checkpointing,
     recomputed_blocks,
 )
-from tests.gradient_checkpointing.cases import CASES, Block, build, llama, recomputations, rows, stack, t5
+from tests.gradient_checkpointing.cases import CASES, Block, build, llama, plain_chain, recomputations, rows, stack, t5
 
 
 def recomputed(module: nn.Module, **fields: object) -> tuple[str, ...]:
@@ -73,6 +73,11 @@ def test_a_pattern_that_matches_only_single_layers_is_refused() -> None:
 def test_a_module_without_repeated_blocks_is_refused_and_told_how_to_name_them() -> None:
     with pytest.raises(TargetNotFoundError, match=r"Block has no list of repeated blocks.*blocks=\("):
         enable_gradient_checkpointing(Block())
+
+
+def test_one_chain_of_layers_is_refused_and_told_to_split_it() -> None:
+    with pytest.raises(TargetNotFoundError, match=r"one long chain of layers, make several nn\.Sequential"):
+        enable_gradient_checkpointing(plain_chain())
 
 
 def test_an_error_leaves_what_was_there() -> None:

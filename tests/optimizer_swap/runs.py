@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_lora import LoRACallback, LoRAConfig, MissingDependencyError
+from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.optimizer_swap import OptimizerConfig, swap_optimizers
 from tests.conftest import make_loader
 from tests.integration.lives import Recorder, quiet_trainer, silence
@@ -125,14 +125,3 @@ def outcome(
         "losses": trainer.logger.of("train_loss_step"),  # type: ignore[union-attr]
         "settings": module.settings,
     }
-
-
-def refusals(*kinds: str) -> dict[str, str]:
-    """What the swaps say that need a package that is not installed."""
-    said = {}
-    for kind in kinds:
-        try:
-            swap(torch.optim.AdamW([nn.Parameter(torch.ones(4))]), kind=kind)
-        except MissingDependencyError as error:
-            said[kind] = str(error)
-    return said

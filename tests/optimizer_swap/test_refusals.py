@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.optim import Lion8bit
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_lora import UnsupportedSetupError
-from tests.integration.process import in_new_process
-from tests.optimizer_swap.runs import Net, fit, refusals, swap
+from lightning_lora import MissingDependencyError, UnsupportedSetupError
+from tests.optimizer_swap.runs import Net, fit, swap
 
 
 class OwnStep(torch.optim.AdamW):
@@ -59,6 +59,10 @@ CASES: dict[str, tuple[Make, str]] = {
     "Adafactor": (lambda p: torch.optim.Adafactor(p), NO_FAMILY),
     "LBFGS": (lambda p: torch.optim.LBFGS(p), NO_FAMILY),
     "NAdam": (lambda p: torch.optim.NAdam(p), NO_FAMILY),
+    "another of bitsandbytes": (
+        lambda p: Lion8bit(p),
+        "it is already bitsandbytes'. Return torch.optim.AdamW from configure_optimizers",
+    ),
     "own step": (lambda p: OwnStep(p), "it has its own step, zero_grad, which would be lost. Return torch's AdamW"),
     "replaced step": (lambda p: with_own_step(torch.optim.AdamW(p)), "it has its own step, which would be lost"),
     "replaced and wrapped step": (
@@ -126,9 +130,19 @@ def test_a_run_is_refused_before_its_first_step(tmp_path: Path) -> None:
     assert not module.settings
 
 
-@pytest.mark.slow
-def test_without_bitsandbytes_the_message_says_what_to_install() -> None:
-    said = in_new_process(refusals, "adamw", "adamw8bit", without=("bitsandbytes",))
-    assert said.keys() == {"adamw8bit"}
-    pattern = r'optimizer="adamw8bit" needs bitsandbytes .*: pip install \'lightning-lora\[qlora\]\''
-    assert re.fullmatch(pattern, said["adamw8bit"])
+@pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit", "paged_adamw"])
+def test_without_bitsandbytes_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "lightning_lora.optimizer_swap.classes", raising=False)
+    monkeypatch.delattr("lightning_lora.optimizer_swap.classes", raising=False)
+    monkeypatch.delitem(sys.modules, "bitsandbytes.optim", raising=False)
+    pattern = rf'optimizer="{kind}" needs bitsandbytes .*: pip install \'lightning-lora\[qlora\]\''
+    with pytest.raises(MissingDependencyError, match=pattern):
+        swap(torch.optim.AdamW([nn.Parameter(torch.ones(4))]), kind=kind)
+
+
+def test_without_bitsandbytes_torchs_adamw_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    optimizer = torch.optim.Adam([nn.Parameter(torch.ones(4))])
+    swap(optimizer, kind="adamw")
+    assert type(optimizer) is torch.optim.AdamW

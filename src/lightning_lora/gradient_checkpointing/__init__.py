@@ -5,6 +5,7 @@ from lightning_lora.gradient_checkpointing.report import BlockRow, GradientCheck
 from lightning_lora.gradient_checkpointing.switch import (
     disable_gradient_checkpointing,
     enable_gradient_checkpointing,
+    never_called,
     recomputed_blocks,
 )
 
@@ -15,5 +16,6 @@ __all__ = [
     "as_gradient_checkpointing_config",
     "disable_gradient_checkpointing",
     "enable_gradient_checkpointing",
+    "never_called",
     "recomputed_blocks",
 ]

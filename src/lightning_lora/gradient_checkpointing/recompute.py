@@ -12,12 +12,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora.gradient_checkpointing.replay import ReplayedCache, SecondRun, is_cache
+from lightning_lora.gradient_checkpointing.arguments import Arguments
+from lightning_lora.gradient_checkpointing.replay import FirstRun, SecondRun
 from lightning_lora.patches import original
 
 
+class Called:
+    """Whether a block's ``forward`` was called with gradients, since its checkpointing is on."""
+
+    def __init__(self) -> None:
+        self.yet = False
+
+
 def recomputed_forward(
-    block: nn.Module, previous: Callable[..., Any] | None, offload: bool, /, *args: Any, **kwargs: Any
+    block: nn.Module, previous: Callable[..., Any] | None, offload: bool, called: Called, /, *args: Any, **kwargs: Any
 ) -> Any:
     """Call the block; where gradients are recorded, keep only its inputs and compute the rest again in backward.
 
@@ -28,24 +36,41 @@ def recomputed_forward(
         block: The block.
         previous: What stood in its ``__dict__`` before.
         offload: Whether its inputs wait in CPU memory.
+        called: Notes the call.
         args: The block's own.
         kwargs: The block's own.
     """
     forward = original(block, "forward", previous)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    # torch looks for tensors among positional arguments only: for the devices whose random state the recomputation
-    # needs, and for what it saves as autograd does (checked for changes in place, moved by saved-tensor hooks).
-    inputs = [ReplayedCache(value) if is_cache(value) else value for value in (*args, *kwargs.values())]
-    call = functools.partial(_call, forward, len(args), tuple(kwargs))
+    called.yet = True
+    call, inputs = _prepared(forward, args, kwargs)
     away = _device_of(inputs) if offload else None
     with nullcontext() if away is None else save_on_cpu(pin_memory=away.type == "cuda", device_type=away.type):
         return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=True, **_contexts(block))
 
 
-def _call(forward: Callable[..., Any], count: int, names: tuple[str, ...], *inputs: Any) -> Any:
-    values = [value.take() if isinstance(value, ReplayedCache) else value for value in inputs]
-    return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
+def _prepared(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], list[Any]]:
+    """What checkpoint is to call, and with which inputs.
+
+    torch looks for tensors among positional arguments only: for the devices whose random state the recomputation
+    needs, and for what it saves as autograd does (checked for changes in place, moved by saved-tensor hooks).
+    """
+    if torch.compiler.is_compiling():  # it recomputes single operations, and refuses containers that change
+        return functools.partial(_by_position, forward, len(args), tuple(kwargs)), [*args, *kwargs.values()]
+    arguments = Arguments(args, kwargs)
+    return functools.partial(_call, forward, arguments), arguments.take_leaves()
+
+
+def _by_position(forward: Callable[..., Any], count: int, names: tuple[str, ...], *inputs: Any) -> Any:
+    return forward(*inputs[:count], **dict(zip(names, inputs[count:], strict=True)))
+
+
+def _call(forward: Callable[..., Any], arguments: Arguments, *leaves: Any) -> Any:
+    args, kwargs = arguments.of_run(leaves)
+    return forward(*args, **kwargs)
 
 
 def _device_of(inputs: list[Any]) -> torch.device | None:
@@ -56,5 +81,5 @@ def _device_of(inputs: list[Any]) -> torch.device | None:
 def _contexts(block: nn.Module) -> dict[str, Any]:
     if torch.compiler.is_compiling():  # it takes no contexts, recomputes single operations, and updates buffers once
         return {}
-    again = SecondRun(block)
-    return {"context_fn": lambda: (nullcontext(), again)}
+    runs = FirstRun(block), SecondRun(block)
+    return {"context_fn": lambda: runs}

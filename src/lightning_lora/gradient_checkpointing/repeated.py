@@ -22,9 +22,12 @@ def repeated_blocks(root: nn.Module) -> list[NamedBlock]:
     ``nn.Sequential``) that has another entry of its kind: of its class, or, of plain lists, of what they hold. So a
     chain of a stem, a stack and a head is no list of blocks. The outermost list counts, except where its entries are
     stages: each a list of blocks itself, all of different widths or depths. Where there is no block, each
-    ``nn.Sequential`` that repeats single layers (a plain MLP) is one.
+    ``nn.Sequential`` that repeats single layers (a plain MLP) is one, if there are several: a single one would hold
+    all activations at once while it is recomputed.
     """
-    return _blocks(root, "") or _plain_chains(root, "")
+    blocks = _blocks(root, "")
+    chains = [] if blocks else _plain_chains(root, "")
+    return blocks or (chains if len(chains) >= 2 else [])
 
 
 def is_single_layer(module: nn.Module) -> bool:

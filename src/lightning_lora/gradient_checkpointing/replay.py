@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,17 +11,60 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_lora.class_swap import original_class
 from lightning_lora.errors import UnsupportedSetupError
+from lightning_lora.layers import AdaptedLayer, adapted_layers
 
-# Their update() puts new tensors in the place of the old ones; other layers write into theirs.
-_REPLAYABLE = ("DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer")
+
+class FirstRun:
+    """Context of the first run, which may change no buffer but statistics that :class:`KeptStatistics` knows.
+
+    Raises:
+        UnsupportedSetupError: On exit, if it did: the recomputation would find the new value, and change it again.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        norms = {id(norm) for norm in updating_norms(block)}
+        holders = ((path, child) for path, child in block.named_modules() if child._buffers and id(child) not in norms)
+        self._holders = list(holders)
+        self._before: dict[str, tuple[Tensor, int]] = {}
+
+    def __enter__(self) -> None:
+        self._before = {name: (buffer, _version(buffer)) for name, buffer in self._buffers()}
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        before, self._before = self._before, {}
+        if kind is not None:
+            return
+        for name, buffer in self._buffers():
+            if name in before and _is_update(*before[name], buffer):
+                raise UnsupportedSetupError(
+                    f"gradient checkpointing runs each block twice, and a {original_class(self._block).__name__} "
+                    f"changes its buffer {name!r} when it runs: its gradients would be wrong. Leave this block out, "
+                    "by naming the others in GradientCheckpointingConfig(blocks=...), or set what updates the buffer "
+                    "to eval mode."
+                )
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for path, child in self._holders:
+            yield from child.named_buffers(path, recurse=False)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_update(before: Tensor, version: int, now: Tensor) -> bool:
+    # One of another shape is a table that grew with the sequence, such as that of rotary embeddings.
+    return _version(now) != version if now is before else now.shape == before.shape
 
 
 class SecondRun:
     """Context of a recomputation; may be entered again."""
 
     def __init__(self, block: nn.Module) -> None:
-        self._contexts = (KeptStatistics(updating_norms(block)), KeptAttention())
+        self._contexts = (KeptStatistics(updating_norms(block)), KeptAttention(), KeptActive(block))
 
     def __enter__(self) -> None:
         for context in self._contexts:
@@ -81,6 +124,28 @@ class KeptAttention:
         self._context.__exit__(*error)
 
 
+class KeptActive:
+    """Context in which the adapters act that were active when this was made; may be entered again.
+
+    A loss against the model without adapters, as in DPO, has left ``disable_adapters`` when it calls backward.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._wanted = [(layer, layer.active) for _, layer in adapted_layers(block)]
+        self._found: list[tuple[AdaptedLayer, tuple[str, ...]]] = []
+
+    def __enter__(self) -> None:
+        # A layer whose adapters were removed meanwhile has no active ones.
+        adapted = [(layer, active) for layer, active in self._wanted if isinstance(layer, AdaptedLayer)]
+        self._found = [(layer, layer.active) for layer, _ in adapted]
+        for layer, active in adapted:
+            layer.active = active
+
+    def __exit__(self, *error: object) -> None:
+        for layer, active in self._found:
+            layer.active = active
+
+
 def _allowed_kernels() -> list[SDPBackend]:
     cuda: Any = torch.backends.cuda  # whose flags hold for the CPU, too
     allowed = {
@@ -90,50 +155,3 @@ def _allowed_kernels() -> list[SDPBackend]:
         SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
     }
     return [kernel for kernel, is_allowed in allowed.items() if is_allowed]
-
-
-class ReplayedCache:
-    """A key-value cache of transformers that a block writes to: each recomputation gets it as it was before."""
-
-    def __init__(self, cache: Any) -> None:
-        self._before = _snapshot(cache)
-        self._first: Any = cache
-
-    def take(self) -> Any:
-        """The cache itself for the first run, a copy of what it was for every later one."""
-        cache, self._first = self._first, None
-        return cache if cache is not None else _snapshot(self._before)
-
-
-def is_cache(value: Any) -> bool:
-    """Whether this is a key-value cache; transformers is not imported to recognise it."""
-    # The first half spares torch.compile the classes of plain values, at which it would break the graph.
-    return hasattr(value, "get_seq_length") and any(
-        cls.__module__ == "transformers.cache_utils" and cls.__name__ == "Cache" for cls in type(value).__mro__
-    )
-
-
-def _snapshot(cache: Any) -> Any:
-    """A copy that shares its tensors with ``cache``, and nothing that an update would change."""
-    _require_replayable(cache)
-    twin = copy.copy(cache)
-    for key, value in vars(cache).items():
-        if is_cache(value):
-            vars(twin)[key] = _snapshot(value)
-        elif isinstance(value, list):
-            vars(twin)[key] = [copy.copy(item) for item in value]
-        elif isinstance(value, dict):
-            vars(twin)[key] = dict(value)
-    return twin
-
-
-def _require_replayable(cache: Any) -> None:
-    parts = [type(layer).__name__ for layer in vars(cache).get("layers", ())]
-    is_known = "layers" in vars(cache) or any(map(is_cache, vars(cache).values()))
-    foreign = [part for part in parts if part not in _REPLAYABLE]
-    if foreign or not is_known:
-        raise UnsupportedSetupError(
-            f"gradient checkpointing runs each block twice, and a {type(cache).__name__} "
-            f"({', '.join(sorted(set(parts)))}) changes in place when it does. Train with use_cache=False, or with a "
-            "DynamicCache."
-        )

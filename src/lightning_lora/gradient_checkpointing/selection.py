@@ -22,7 +22,8 @@ def select_blocks(module: nn.Module, config: GradientCheckpointingConfig, *, str
     if strict and not blocks:
         raise TargetNotFoundError(
             f"gradient checkpointing: {type(module).__name__} has no list of repeated blocks. Name what is to be "
-            'recomputed, such as GradientCheckpointingConfig(blocks=("encoder", "decoder.*.mlp")).'
+            'recomputed, such as GradientCheckpointingConfig(blocks=("encoder", "decoder.*.mlp")); '
+            "of one long chain of layers, make several nn.Sequential."
         )
     inside = {id(child) for _, block in blocks for child in block.modules() if child is not block}
     chosen: dict[int, NamedBlock] = {}

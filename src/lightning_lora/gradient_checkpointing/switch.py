@@ -9,7 +9,7 @@ from torch import nn
 from lightning_lora.class_swap import original_class
 from lightning_lora.gradient_checkpointing.config import GradientCheckpointingConfig
 from lightning_lora.gradient_checkpointing.models import give_back_own, skip_caches, turn_off_own, unskip_caches
-from lightning_lora.gradient_checkpointing.recompute import recomputed_forward
+from lightning_lora.gradient_checkpointing.recompute import Called, recomputed_forward
 from lightning_lora.gradient_checkpointing.repeated import is_checkpoint_wrapper
 from lightning_lora.gradient_checkpointing.report import (
     KEPT,
@@ -78,7 +78,7 @@ def enable_gradient_checkpointing(
     )
     chosen = [block for row, (_, block) in zip(rows, blocks, strict=True) if row.how in (RECOMPUTED, OFFLOADED)]
     for block in chosen:
-        patch(block, "forward", recomputed_forward, config.offload)
+        patch(block, "forward", recomputed_forward, config.offload, Called())
     notes = []
     switched = turn_off_own(module)
     if switched:
@@ -105,6 +105,14 @@ def disable_gradient_checkpointing(module: nn.Module) -> None:
 def recomputed_blocks(module: nn.Module) -> list[str]:
     """Dotted names of the blocks inside ``module`` that are recomputed now."""
     return [name for name, child in module.named_modules() if is_patched(child, "forward", recomputed_forward)]
+
+
+def never_called(module: nn.Module) -> list[str]:
+    """Dotted names of the recomputed blocks whose ``forward`` was not called with gradients since this is on.
+
+    Such a block keeps its activations: what calls it uses another of its methods, or its layers one by one.
+    """
+    return [name for name in recomputed_blocks(module) if not vars(module.get_submodule(name))["forward"].args[-1].yet]
 
 
 def _how(block: nn.Module, index: int, config: GradientCheckpointingConfig) -> str:

@@ -80,6 +80,8 @@ def _is_bitsandbytes_own(optimizer: Optimizer, wanted: type[Optimizer]) -> bool:
 
 def _why_not(optimizer: Optimizer, wanted: type[Optimizer]) -> str | None:
     """What speaks against the swap and what to do, or None."""
+    if type(optimizer).__module__.startswith("bitsandbytes."):
+        return "it is already bitsandbytes'. Return torch.optim.AdamW from configure_optimizers"
     if not isinstance(optimizer, (Adam, AdamW)):
         return "it is neither torch.optim.Adam nor AdamW. Return one of these from configure_optimizers"
     replaced = _replaced_methods(optimizer)
