@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_lora import OptimizerConfig
+from lightning_lora.optimizer_swap.config import KINDS
 from lightning_lora.planning.optimizer_state import OPTIMIZERS, as_optimizer
 
 OPTIMIZER_CLASSES = {
@@ -41,7 +43,20 @@ def test_states_of_torchs_optimizers(name, dtype):
 def test_states_of_the_8_bit_adamw_of_bitsandbytes():
     tensors = parameters()
     expected = state_bytes(bnb.optim.AdamW8bit(tensors, lr=1e-3), tensors, leave_out=("qmap1", "qmap2"))
-    assert sum(map(OPTIMIZERS["adamw8bit"].state, tensors)) == expected
+    for name in ("adamw8bit", "paged_adamw8bit"):
+        assert sum(map(OPTIMIZERS[name].state, tensors)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_of_the_paged_adamw_are_those_of_the_one_without_pages(dtype):
+    tensors = parameters(dtype)
+    expected = state_bytes(bnb.optim.AdamW(tensors, lr=1e-3), tensors)
+    assert sum(map(OPTIMIZERS["paged_adamw"].state, tensors)) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_config_is_the_optimizer_of_its_kind(kind):
+    assert as_optimizer(OptimizerConfig(kind=kind)) is as_optimizer(kind) is OPTIMIZERS[kind]
 
 
 def test_an_unknown_optimizer_is_refused_with_the_known_ones():

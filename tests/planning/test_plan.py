@@ -10,11 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import BatchEncoding
 
 from lightning_lora import LoRAConfig, QuantizationConfig, inject_adapters
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.gradient_checkpointing import GradientCheckpointingConfig, enable_gradient_checkpointing
 from lightning_lora.planning import TokenBatch, plan_memory
+from lightning_lora.planning.batches import example_of, resized
 from tests.planning.models import llama, step_bytes, t5, tokens
 
 LORA = LoRAConfig(rank=4)
@@ -159,6 +161,83 @@ def test_a_lightning_module_runs_its_own_training_step_with_an_example_batch():
     assert step_of(plan) == pytest.approx(step_bytes(module, loss), rel=0.05)
 
 
+class Recurrent(pl.LightningModule):
+    def __init__(self, cell, **options):
+        super().__init__()
+        self.embedding = nn.Embedding(50, 32)
+        self.recurrent = cell(32, 64, 2, batch_first=True, **options)
+        self.head = nn.Linear(64, 50)
+
+    def training_step(self, batch, index):
+        hidden, _ = self.recurrent(self.embedding(batch["x"]))
+        return nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), batch["y"].flatten())
+
+
+@pytest.mark.filterwarnings("ignore:TF32")  # said by torch's own mkldnn.flags
+@pytest.mark.parametrize(("cell", "tolerance"), [(nn.GRU, 0.01), (nn.RNN, 0.01), (nn.LSTM, 0.12)])
+def test_recurrent_networks_take_what_they_take_without_a_fused_kernel(cell, tolerance):
+    config = LoRAConfig(rank=4, target_modules="head")
+    module, batch = Recurrent(cell), {"x": tokens(4, 20) % 50, "y": tokens(4, 20) % 50}
+    step = plan_memory(module, config, batch=batch).step
+    planned = max(sum(parts.values()) - parts["batch"] for parts in (step.forward, step.backward))
+    inject_adapters(module, config)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert planned == pytest.approx(step_bytes(module, lambda: module.training_step(batch, 0)), rel=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing")  # its names until transformers 5
+@pytest.mark.parametrize("recompute", [None, False, True])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_module_runs_in_its_own_mode_with_its_own_switch_as_in_a_real_run(mode, recompute):
+    """Dropout acts in training mode only, and so does the gradient checkpointing of transformers."""
+    module = getattr(llama(attention_dropout=0.1), mode)()
+    module.gradient_checkpointing_enable({"use_reentrant": False})
+    plan = plan_memory(module, LORA, batch=(4, 64), gradient_checkpointing=recompute)
+    inject_adapters(module, LORA)
+    if recompute is not None:
+        module.gradient_checkpointing_disable()
+    if recompute:
+        enable_gradient_checkpointing(module)
+    ids = tokens(4, 64)
+    measured = step_bytes(module, lambda: module(input_ids=ids, labels=ids).loss)
+    assert step_of(plan) == pytest.approx(measured, rel=0.05)
+    acts = recompute or (recompute is None and mode == "train")
+    assert plan.settings["gradient checkpointing"] == ("on" if acts else "off")
+    assert plan.step.kept == (plan.kept_with_recomputation if acts else plan.kept_without_recomputation)
+    assert plan.kept_with_recomputation < plan.kept_without_recomputation / 2
+
+
+def test_dropout_of_adapters_acts_where_the_base_is_in_eval_mode():
+    """As in a run: the callback puts the adapters into training mode."""
+    plans = [plan_memory(llama().eval(), LoRAConfig(rank=4, dropout=p), batch=(2, 32)) for p in (0.0, 0.5)]
+    assert plans[0].step.kept < plans[1].step.kept
+
+
+def test_a_step_that_fails_is_refused_with_what_it_said_and_a_way_out():
+    def step(module, batch):
+        raise KeyError("no trainer here")
+
+    with pytest.raises(UnsupportedSetupError, match=r"KeyError: 'no trainer here'.* Pass step="):
+        plan_memory(llama(num_hidden_layers=1), LORA, batch=(1, 8), step=step)
+
+
+def test_a_batch_encoding_is_planned_as_the_dict_that_it_holds():
+    ids = tokens(4, 32)
+    values = {"input_ids": ids, "labels": ids}
+    module = llama(num_hidden_layers=1)
+    plain, encoding = (plan_memory(module, LORA, batch=batch) for batch in (values, BatchEncoding(values)))
+    assert encoding.to_dict() == plain.to_dict()
+    assert encoding.replan("batch", 8).peak == plain.replan("batch", 8).peak
+
+
+def test_a_larger_example_batch_takes_no_memory_for_its_values():
+    example = {"image": torch.randn(2, 1), "label": torch.tensor([1, 2]), "pixels": torch.zeros(2, 9).byte()}
+    larger = resized(example, 2**23)
+    assert {key: leaf.is_meta for key, leaf in larger.items()} == {"image": True, "label": False, "pixels": True}
+    assert larger["image"].shape == (2**23, 1) and set(larger["label"].tolist()) == {1, 2}
+    assert example_of(larger, torch.bfloat16)["image"].dtype == torch.bfloat16
+
+
 def test_a_step_of_ones_own_and_a_language_model_without_a_loss():
     net = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 50))
     plan = plan_memory(net, LoRAConfig(rank=2, target_modules="1"), batch=(4, 8))
@@ -177,7 +256,7 @@ def test_a_step_that_looks_at_values_is_refused_with_a_way_out():
         output = module(batch)
         return output.sum() if output.sum() > 0 else output.mean()
 
-    with pytest.raises(UnsupportedSetupError, match="Pass a step"):
+    with pytest.raises(UnsupportedSetupError, match="Pass step="):
         plan_memory(
             nn.Sequential(nn.Linear(4, 4)), LoRAConfig(rank=1, target_modules="0"), batch=torch.ones(2, 4), step=step
         )
@@ -195,6 +274,7 @@ def test_a_base_that_is_quantized_already_is_refused():
     [
         ({"precision": "bf16"}, "bf16-true"),
         ({"optimizer": "adam"}, "adamw"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be at least 1"),
         ({"batch": (0, 8)}, "at least 1"),
         ({"config": None, "quantization": NF4}, "all layers train"),
     ],
@@ -207,7 +287,7 @@ def test_settings_without_meaning_are_refused(changes, message):
 
 @pytest.mark.parametrize("what", ["batch", "rank", "length"])
 def test_the_largest_fits_and_one_more_does_not(what):
-    plan = plan_memory(on_meta(llama), LORA, batch=(2, 16))
+    plan = plan_memory(on_meta(lambda: llama(num_hidden_layers=1)), LORA, batch=(2, 16))
     limit = 4 * plan.peak_gb
     found = plan.largest(what, limit)
     assert plan.replan(what, found).fits(limit)

@@ -36,6 +36,20 @@ def test_a_view_shares_the_storage_and_an_in_place_operator_returns_its_tensor()
         assert tensor.add_(1) is tensor
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.t_(), lambda x: x.transpose_(0, 1), lambda x: x.unsqueeze_(0), lambda x: x.resize_(6, 4)],
+    ids=["t_", "transpose_", "unsqueeze_", "resize_"],
+)
+def test_an_in_place_operator_on_the_shape_changes_the_shape_that_the_tensor_says(change):
+    tensor, real = weightless(2, 3), torch.empty(2, 3)
+    change(real)
+    with without_memory():
+        change(tensor)
+    assert (tensor.shape, tensor.stride()) == (real.shape, real.stride())
+    assert (tensor.meta.shape, tensor.meta.stride()) == (real.shape, real.stride())
+
+
 def test_autocast_of_the_cpu_acts():
     with without_memory(), torch.autocast("cpu", torch.bfloat16):
         assert F.linear(weightless(2, 3), weightless(4, 3)).dtype == torch.bfloat16

@@ -56,7 +56,9 @@ def build_app() -> Any:
         quantization: str | None = typer.Option(None, help="nf4, fp4 or int8."),
         double_quant: bool = typer.Option(False, "--double-quant", help="Quantize the constants, too."),
         gradient_checkpointing: bool = typer.Option(False, "--gradient-checkpointing", help="Recompute activations."),
-        optimizer: str = typer.Option("adamw", help="adamw, adamw_fused, adamw8bit, sgd or sgd_momentum."),
+        optimizer: str = typer.Option(
+            "adamw", help="adamw, adamw_fused, adamw8bit, paged_adamw8bit, paged_adamw, sgd or sgd_momentum."
+        ),
         precision: str = typer.Option("bf16-true", help="Lightning's."),
         gpu_gb: float | None = typer.Option(None, help="Memory of the device in GB (10^9 bytes): does it fit?"),
         as_json: bool = typer.Option(False, "--json", help="Print JSON."),

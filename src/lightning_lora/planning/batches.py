@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from lightning_lora.planning.weightless import LARGEST_KNOWN
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,12 @@ class TokenBatch:
 
 
 def as_batch(value: Any) -> Any:
-    """Accept ``(size, length)`` for a :class:`TokenBatch`; anything else is an example batch and stays what it is."""
+    """Accept ``(size, length)`` for a :class:`TokenBatch`; anything else is an example batch.
+
+    It stays what it is, but for mappings that are no dict (``BatchEncoding``), of which pytree sees no tensors.
+    """
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        return dict(value)
     numbers = isinstance(value, (tuple, list)) and len(value) == 2 and all(type(item) is int for item in value)
     return TokenBatch(*value) if numbers else value
 
@@ -57,7 +65,10 @@ def batch_size(batch: Any) -> int:
 
 
 def resized(batch: Any, size: int) -> Any:
-    """The batch with ``size`` rows: every tensor whose first dimension is the batch's gets that many."""
+    """The batch with ``size`` rows: every tensor whose first dimension is the batch's gets that many.
+
+    No memory is taken for floating-point tensors, nor for integers too many to be known.
+    """
     if isinstance(batch, TokenBatch):
         return replace(batch, size=size)
     rows = batch_size(batch)
@@ -65,8 +76,11 @@ def resized(batch: Any, size: int) -> Any:
     def resize(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != rows:
             return leaf
+        shape = (size, *leaf.shape[1:])
+        if leaf.is_meta or leaf.is_floating_point() or math.prod(shape) > LARGEST_KNOWN:
+            return torch.empty(shape, dtype=leaf.dtype, device="meta")
         # Rows repeat, and values are those of the example: labels stay in their range.
-        return leaf[torch.arange(size) % rows] if not leaf.is_meta else leaf.new_empty((size, *leaf.shape[1:]))
+        return leaf[torch.arange(size) % rows]
 
     return pytree.tree_map(resize, batch)
 
@@ -102,11 +116,9 @@ def example_of(batch: Any, dtype: torch.dtype | None) -> Any:
         return {"input_ids": tokens, "labels": tokens}
 
     def convert(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.is_meta:
-            return leaf
-        if leaf.is_floating_point():
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return torch.empty(leaf.shape, dtype=dtype or leaf.dtype, device="meta")
-        return leaf.detach().cpu()
+        return leaf if not isinstance(leaf, Tensor) or leaf.is_meta else leaf.detach().cpu()
 
     return pytree.tree_map(convert, batch)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_lora.adapter import Adapter
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.gradient_checkpointing.repeated import repeated_blocks
 from lightning_lora.planning.batches import example_of
@@ -57,7 +58,8 @@ def dry_run(
     """Run one step of a module without memory.
 
     Args:
-        twin: On the meta device, with its adapters; gets fake tensors.
+        twin: On the meta device, with its adapters; gets fake tensors. In the modes in which it trains: Lightning
+            leaves them as they are, but for the adapters, which the callback puts into training mode.
         batch: A :class:`~lightning_lora.planning.batches.TokenBatch` or an example.
         step: From module and batch to what a training step returns.
         precision: Of the run.
@@ -65,11 +67,13 @@ def dry_run(
         backward: False stops when the forward pass has ended.
 
     Raises:
-        UnsupportedSetupError: If the code needs to look at values that no one knows before the run.
+        UnsupportedSetupError: If the code needs to look at values that no one knows before the run, or fails.
     """
     batch = weightless(example_of(batch, precision.cast))
     become_weightless(twin)
-    twin.train()
+    for child in twin.modules():
+        if isinstance(child, Adapter):
+            child.train()
     known = [*twin.parameters(), *twin.buffers()]
     with warnings.catch_warnings(), without_memory(), LiveBytes(known) as live:
         warnings.simplefilter("ignore")  # advice for real runs, such as that of self.log without a Trainer
@@ -77,10 +81,13 @@ def dry_run(
             if isinstance(leaf, Tensor):
                 live.count(leaf, BATCH)
         try:
-            return _Run(twin, live, precision)(batch, step, accumulate=accumulate, backward=backward)
-        except UnsupportedSetupError as error:
+            # oneDNN's LSTM hands autograd a workspace that has no size on the meta device; a GPU runs another one.
+            with torch.backends.mkldnn.flags(enabled=False):
+                return _Run(twin, live, precision)(batch, step, accumulate=accumulate, backward=backward)
+        except Exception as error:  # the user's code may fail in any way where there are no values and no Trainer
+            what = str(error) if isinstance(error, UnsupportedSetupError) else f"{type(error).__name__}: {error}"
             raise UnsupportedSetupError(
-                f"plan_memory can't run a step of {type(twin).__name__} without values: {error}. Pass a step "
+                f"plan_memory can't run a step of {type(twin).__name__} without values: {what}. Pass step=, a step "
                 "that computes the loss alone, or a module without the part that looks at values."
             ) from error
 

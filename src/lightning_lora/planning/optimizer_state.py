@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -26,6 +27,14 @@ class OptimizerMemory:
     workspace: Callable[[Iterable[Tensor]], int]
 
 
+class OptimizerKind(Protocol):
+    """What names an optimizer in its ``kind``: an :class:`~lightning_lora.OptimizerConfig`."""
+
+    @property
+    def kind(self) -> str:
+        """One of :data:`OPTIMIZERS`."""
+
+
 def _adamw(parameter: Tensor) -> int:
     """Two moments in the parameter's own dtype: fp32 for adapters, bf16 for a bf16 module that is trained in full."""
     return 2 * parameter.nbytes + _STEP
@@ -41,6 +50,11 @@ def _adamw_8bit(parameter: Tensor) -> int:
     return 2 * 4 * count if count < 4096 else 2 * (count + 4 * math.ceil(count / 256))
 
 
+def _adamw_32bit(parameter: Tensor) -> int:
+    """AdamW of bitsandbytes: two fp32 moments, whatever the parameter's dtype, and a step counter that is no tensor."""
+    return 2 * 4 * parameter.numel()
+
+
 def _one_copy(parameters: Iterable[Tensor]) -> int:
     """The multi-tensor path, torch's default on a GPU, takes the square roots of all second moments at once."""
     return sum(parameter.nbytes for parameter in parameters)
@@ -50,26 +64,30 @@ def _nothing(parameters: Iterable[Tensor]) -> int:
     return 0
 
 
+# Paged states count as in the class without pages: how much of them CUDA moves to the CPU is known only in the run.
 OPTIMIZERS = {
     "adamw": OptimizerMemory("AdamW", _adamw, _one_copy),
     "adamw_fused": OptimizerMemory("AdamW (fused)", _adamw, _nothing),
     "adamw8bit": OptimizerMemory("AdamW (8-bit)", _adamw_8bit, _nothing),
+    "paged_adamw8bit": OptimizerMemory("AdamW (8-bit, paged)", _adamw_8bit, _nothing),
+    "paged_adamw": OptimizerMemory("AdamW (paged)", _adamw_32bit, _nothing),
     "sgd": OptimizerMemory("SGD", lambda parameter: 0, _nothing),
     "sgd_momentum": OptimizerMemory("SGD with momentum", lambda parameter: parameter.nbytes, _nothing),
 }
 
 
-def as_optimizer(value: str | OptimizerMemory) -> OptimizerMemory:
-    """An optimizer by its name, or one that the caller describes.
+def as_optimizer(value: str | OptimizerKind | OptimizerMemory) -> OptimizerMemory:
+    """An optimizer by its name, that of a config, or one that the caller describes.
 
     Raises:
         ValueError: If the name is not known.
     """
     if isinstance(value, OptimizerMemory):
         return value
-    if value not in OPTIMIZERS:
+    name = value if isinstance(value, str) else getattr(value, "kind", None)
+    if name not in OPTIMIZERS:
         raise ValueError(
-            f"optimizer must be one of {', '.join(OPTIMIZERS)}, or an OptimizerMemory that says what it keeps; "
-            f"got {value!r}."
+            f"optimizer must be one of {', '.join(OPTIMIZERS)}, an OptimizerConfig, or an OptimizerMemory that says "
+            f"what it keeps; got {value!r}."
         )
-    return OPTIMIZERS[value]
+    return OPTIMIZERS[name]

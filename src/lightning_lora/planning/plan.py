@@ -19,13 +19,14 @@ from lightning_lora.gradient_checkpointing import (
     enable_gradient_checkpointing,
     recomputed_blocks,
 )
+from lightning_lora.gradient_checkpointing.models import turn_off_own
 from lightning_lora.gradient_checkpointing.repeated import repeated_blocks
 from lightning_lora.injection import inject_adapters
 from lightning_lora.planning.batches import as_batch, describe, lengthened, resized
 from lightning_lora.planning.codes import CodedLinear, store_as_codes
 from lightning_lora.planning.dry_run import StepMemory, dry_run
 from lightning_lora.planning.memory_plan import BaseMemory, MemoryPlan
-from lightning_lora.planning.optimizer_state import OptimizerMemory, as_optimizer
+from lightning_lora.planning.optimizer_state import OptimizerKind, OptimizerMemory, as_optimizer
 from lightning_lora.planning.precision import Precision, as_precision
 from lightning_lora.planning.sources import as_module
 from lightning_lora.planning.steps import Step, step_for
@@ -43,7 +44,7 @@ def plan_memory(
     batch: Any,
     quantization: QuantizationConfig | None = None,
     gradient_checkpointing: Checkpointing = None,
-    optimizer: str | OptimizerMemory = "adamw",
+    optimizer: str | OptimizerKind | OptimizerMemory = "adamw",
     precision: str = "32-true",
     accumulate_grad_batches: int = 1,
     step: Callable[[nn.Module, Any], Any] | None = None,
@@ -56,14 +57,18 @@ def plan_memory(
 
     Args:
         module: An ``nn.Module`` on any device (also meta), a transformers config, a folder with a ``config.json``, or a
-            name on the Hugging Face hub, of which the config alone is fetched.
+            name on the Hugging Face hub, of which the config alone is fetched. Its parts run in the modes that they are
+            in, as Lightning leaves them; a model of a config or a name is in eval mode, as ``from_pretrained`` does it.
         config: The adapters; None adds none: what requires gradients trains, in a fresh module everything.
         batch: ``TokenBatch(size, length)`` or the pair ``(size, length)`` for language models; for any other module an
             example batch, whose floating-point values are never looked at (its tensors may be on the meta device).
         quantization: Format of the frozen linear layers.
-        gradient_checkpointing: True or a config: on; False: off; None: as the module is.
-        optimizer: ``"adamw"`` (torch's, on a GPU), ``"adamw_fused"``, ``"adamw8bit"`` (bitsandbytes), ``"sgd"``,
-            ``"sgd_momentum"``, or an :class:`~lightning_lora.planning.OptimizerMemory`.
+        gradient_checkpointing: True or a config: on; False: off, the model's own switch, too; None: as the module is,
+            whose own switch (transformers) does nothing in eval mode.
+        optimizer: ``"adamw"`` (torch's, on a GPU), ``"adamw_fused"``, ``"adamw8bit"`` (bitsandbytes),
+            ``"paged_adamw8bit"`` and ``"paged_adamw"`` (whose states count as in the classes without pages),
+            ``"sgd"``, ``"sgd_momentum"``, an :class:`~lightning_lora.OptimizerConfig`, or an
+            :class:`~lightning_lora.planning.OptimizerMemory`.
         precision: Lightning's: ``"32-true"`` (which leaves the module's dtypes as they are), ``"bf16-true"``,
             ``"16-true"``, ``"64-true"``, ``"bf16-mixed"``, ``"16-mixed"``.
         accumulate_grad_batches: More than 1: gradients of earlier batches are there during the whole step.
@@ -75,7 +80,8 @@ def plan_memory(
 
     Raises:
         ValueError: For settings without meaning.
-        UnsupportedSetupError: If the step looks at values that only a real run has, or the base is quantized already.
+        UnsupportedSetupError: If the step looks at values that only a real run has or fails otherwise, or the base is
+            quantized already.
         TargetNotFoundError: If the config selects nothing, or there are no blocks to recompute.
 
     Example:
@@ -88,6 +94,8 @@ def plan_memory(
         >>> plan.fits(gigabytes=1)
         True
     """
+    if accumulate_grad_batches < 1:
+        raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches!r}.")
     batch = as_batch(batch)
     module = as_module(module)
     request = _Request(
@@ -127,7 +135,7 @@ class _Request:
         twin, kept_dense = self._twin()
         base = _base_memory(twin, kept_dense)
         trained = [parameter for parameter in twin.parameters() if parameter.requires_grad]
-        recomputes = bool(recomputed_blocks(twin))
+        recomputes = bool(recomputed_blocks(twin)) or _recomputes_itself(twin)
         has_blocks = bool(repeated_blocks(twin))
         step = self._dry_run(twin)
         kept = {recomputes: step.kept, not recomputes: None}
@@ -169,6 +177,7 @@ class _Request:
             kept_dense = store_as_codes(twin, wanted, self.quantization) if wanted and self.quantization else {}
         if self.gradient_checkpointing is not None:
             disable_gradient_checkpointing(twin)
+            turn_off_own(twin)
             chosen = as_gradient_checkpointing_config(self.gradient_checkpointing)
             if chosen is not None:
                 enable_gradient_checkpointing(twin, chosen)
@@ -201,6 +210,15 @@ class _Request:
             "gradient checkpointing": "on" if recomputes else "off",
             "optimizer": self.optimizer.name,
         }
+
+
+def _recomputes_itself(twin: nn.Module) -> bool:
+    """Whether the own switch of a model acts: that of transformers does so in training mode only, timm's always."""
+    return any(
+        vars(child).get("grad_checkpointing") is True
+        or (child.training and vars(child).get("gradient_checkpointing") is True)
+        for child in twin.modules()
+    )
 
 
 def _adapter_parameters(twin: nn.Module) -> dict[int, nn.Parameter]:

@@ -37,7 +37,8 @@ def as_module(source: nn.Module | str | Path | Any) -> nn.Module:
 def from_config(config: Any) -> nn.Module:
     """Build the model of a transformers config on the meta device, in the config's dtype (fp32 if it says none).
 
-    The class is the first of ``config.architectures`` where that is one with a loss, else the causal language model.
+    The class is the first of ``config.architectures`` where that is one with a loss, else the causal language model. It
+    is in eval mode, as ``from_pretrained`` returns it and Lightning keeps it.
     """
     transformers = _transformers()
     name = next(iter(getattr(config, "architectures", None) or ()), "")
@@ -54,7 +55,7 @@ def from_config(config: Any) -> nn.Module:
                 f"config.architectures of {type(config).__name__} names no model class with a loss, and it has no "
                 "causal language model. Build the module under torch.device('meta') and pass that."
             )
-    return model.to(dtype)
+    return model.to(dtype).eval()
 
 
 def _read_config(source: str | Path) -> Any:

@@ -96,6 +96,9 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
         value = _really(func, args, kwargs)
         return WeightlessTensor(_to_meta(value), value) if isinstance(value, Tensor) else value
     result = func(*meta_args, **meta_kwargs)
+    if torch.Tag.inplace_view in func.tags:
+        with no_dispatch():  # t_, unsqueeze_, ... change what the tensor itself says of its shape, too
+            func(*args, **kwargs)
     inputs = {id(tensor.meta): tensor for tensor in tensors if isinstance(tensor, WeightlessTensor)}
     if isinstance(result, Tensor):
         wrapped = _wrapped(result, inputs)
