@@ -40,7 +40,8 @@ def enable_gradient_checkpointing(
 ) -> GradientCheckpointingReport | None:
     """Let blocks of ``module`` keep only their inputs for the backward pass, which computes the rest again.
 
-    It acts exactly when gradients are recorded, whatever mode the module is in, and changes no gradient. Each block's
+    It acts exactly when gradients are recorded, whatever mode the module is in, and changes no gradient of a block that
+    computes from its arguments, parameters and torch's random numbers. Each block's
     ``forward`` gets a function in front that calls torch's non-reentrant checkpoint (Chen et al., arXiv:1604.06174):
     no key, name, class or hook changes, and inputs need not require gradients. transformers' models are treated alike:
     their own switch does nothing in eval mode, which ``from_pretrained`` returns. A switch of the model's own that is
