@@ -22,6 +22,7 @@ from lightning_lora import (
     UnsupportedSetupError,
     empty_weights,
     inject_adapters,
+    load_from_checkpoint,
 )
 from lightning_lora.quantized_layer import QuantizedLayer
 from tests.states import base_of, same
@@ -210,6 +211,9 @@ def test_a_lightning_module_built_without_values_trains_on_a_base_streamed_in(tm
     assert all(isinstance(block, QuantizedLayer) for block in module.net.blocks)
     assert all((block.adapters["default"].lora_B != 0).any() for block in module.net.blocks)
     assert torch.equal(module.net.embedding.weight, net().embedding.weight)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = load_from_checkpoint(Lazy, tmp_path / "run.ckpt", base_weights=tmp_path / "base.safetensors")
+    assert torch.equal(loaded.eval().net(TOKENS), module.eval().net(TOKENS))
 
 
 def test_files_for_a_module_that_has_values_are_refused_and_not_ignored(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -22,7 +23,12 @@ KINDS: dict[str, type[AdapterConfig]] = {"lora": LoRAConfig}
 
 
 def load_from_checkpoint(
-    module_class: type[ModuleT], path: Any, *, map_location: Any = None, **init_kwargs: Any
+    module_class: type[ModuleT],
+    path: Any,
+    *,
+    map_location: Any = None,
+    base_weights: str | Path | None = None,
+    **init_kwargs: Any,
 ) -> ModuleT:
     """Build a LightningModule with its base, put in the adapters that an adapter-only checkpoint holds, and load them.
 
@@ -32,6 +38,8 @@ def load_from_checkpoint(
         module_class: The user's own class.
         path: A checkpoint that a run with :class:`~lightning_lora.LoRACallback` saved.
         map_location: Where the tensors go, as in ``torch.load``.
+        base_weights: Where a module that is built without values gets its weights from, as in
+            :func:`~lightning_lora.inject_adapters`.
         init_kwargs: Arguments of the class that the checkpoint's hyper-parameters lack or that replace them.
 
     Returns:
@@ -47,7 +55,7 @@ def load_from_checkpoint(
     arguments = {**_rewrapped(module_class, checkpoint, manifest), **init_kwargs}
     if "weights_only" in inspect.signature(module_class.load_from_checkpoint).parameters:  # from lightning 2.6 on
         arguments["weights_only"] = True
-    with _injecting(module_class, manifest):
+    with _injecting(module_class, manifest, base_weights):
         return module_class.load_from_checkpoint(path, map_location=map_location, **arguments)
 
 
@@ -71,11 +79,9 @@ def quantization_from_dict(values: dict[str, Any] | None) -> QuantizationConfig 
         raise CheckpointError(f"The quantization config in the file is damaged: {error}") from None
 
 
-def _inject(
-    module: pl.LightningModule, config: AdapterConfig, name: Any, quantization: QuantizationConfig | None
-) -> None:
+def _inject(module: pl.LightningModule, config: AdapterConfig, name: Any, **base: Any) -> None:
     try:
-        inject_adapters(module, config, name=str(name), quantization=quantization)
+        inject_adapters(module, config, name=str(name), **base)
     except ValueError as error:
         raise AdapterMismatchError(
             f"The adapters in this checkpoint do not fit {type(module).__name__}: {error}"
@@ -83,7 +89,9 @@ def _inject(
 
 
 @contextmanager
-def _injecting(module_class: type[pl.LightningModule], manifest: dict[str, Any]) -> Iterator[None]:
+def _injecting(
+    module_class: type[pl.LightningModule], manifest: dict[str, Any], base_weights: str | Path | None
+) -> Iterator[None]:
     # Lightning gives a class no moment between building the module and load_state_dict but this hook.
     own = module_class.__dict__.get("on_load_checkpoint")
     inherited = module_class.on_load_checkpoint
@@ -91,7 +99,7 @@ def _injecting(module_class: type[pl.LightningModule], manifest: dict[str, Any])
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         quantization = quantization_from_dict(manifest.get("quantization"))
         for name, config in manifest["configs"].items():
-            _inject(self, config_from_dict(config), name, quantization)
+            _inject(self, config_from_dict(config), name, quantization=quantization, base_weights=base_weights)
         complete_base(self, checkpoint)
         inherited(self, checkpoint)
 

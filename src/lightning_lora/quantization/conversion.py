@@ -37,8 +37,8 @@ def quantize_layers(
         why = _unfit(layer.weight)
         if why is not None:
             raise QuantizationError(
-                f"{name!r} can't be quantized: {why}. Load its weights first, or name the layer in "
-                "QuantizationConfig.skip_modules."
+                f"{name!r} can't be quantized: {why}. Load its weights first (base_weights=... streams them in), or "
+                "name the layer in QuantizationConfig.skip_modules."
             )
     for layer in layers.values():
         quantize_layer(layer, layer.weight.data, config, device=device)
