@@ -90,7 +90,8 @@ def test_eval_equals_train_for_an_adapted_encoder(masked: bool, options: dict[st
     with torch.set_grad_enabled(grad):
         in_train = net.train()(x, src_key_padding_mask=mask)[visible]
         in_eval = net.eval()(x, src_key_padding_mask=mask)[visible]
-    torch.testing.assert_close(in_eval, in_train)
+    # Rounding differs between the two; without the adapters the outputs differ by tenths.
+    torch.testing.assert_close(in_eval, in_train, rtol=1e-4, atol=1e-4)
 
 
 def test_a_bare_encoder_layer_and_a_subclass_see_their_adapters_in_eval() -> None:
