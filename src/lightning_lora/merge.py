@@ -163,6 +163,9 @@ def measure_merge(module: nn.Module, config: MergeConfig) -> MergeReport:
             _probe(name, layer, config.tolerance)
     if not norms.layers:
         raise MergeError("The module has no adapted layer to merge.")
+    if config.base == "original":
+        for _ in plain_weights(module, config):  # read and compared now: a merge must not fail half-way
+            pass
     if norms.relative_error > config.tolerance:
         lossy, remedy = f"Rounding to {', '.join(sorted(dtypes))}", 'dtype="float32"'
         if config.base == "requantized":

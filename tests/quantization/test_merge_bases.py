@@ -208,3 +208,16 @@ def test_after_a_merge_no_layer_of_a_pretrained_model_is_taken_for_newly_initial
 def test_the_original_is_where_the_base_was_streamed_from(tmp_path: Path) -> None:
     callback = LoRACallback(base_weights=tmp_path / "base", merge_on_fit_end=MergeConfig(base="original"))
     assert callback.merge_config == MergeConfig(base="original", original=str(tmp_path / "base"))
+
+
+def test_original_weights_that_are_wrong_for_a_layer_without_adapters_leave_everything_as_it_was(
+    tmp_path: Path,
+) -> None:
+    module = trained({"quant_type": "nf4"}, target_modules=["0"])
+    live, mixed = outputs(module), dense()
+    mixed[4].load_state_dict(dense(seed=5)[4].state_dict())
+    source = file_of(mixed, tmp_path / "mixed.safetensors")
+    with pytest.raises(MergeError, match="'4' was quantized from"):
+        merge_adapters(module, MergeConfig(base="original", original=source))
+    assert torch.equal(outputs(module), live)
+    assert isinstance(module[0], QuantizedLayer)
