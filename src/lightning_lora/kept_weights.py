@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import host_of
@@ -39,7 +38,7 @@ class KeptWeight:
         twin = cls.__new__(cls)
         nn.Module.__init__(twin)
         become_quantized(twin, cls, self.weight, **settings)
-        return twin.dequantize(torch.promote_types(torch.float32, settings["dense_dtype"]))
+        return twin.dense_weight()
 
 
 def replace_weight(layer: Any, matrix: Tensor) -> KeptWeight:

@@ -145,7 +145,7 @@ class AdaptedQuantized(AdaptedLayer):
     @override
     def weight_matrix(self) -> Tensor:
         """The weight as ``(out_features, in_features)``, dequantized into a new tensor, in at least fp32."""
-        return self._layer.dequantize(torch.promote_types(torch.float32, self._layer.dense_dtype))
+        return self._layer.dense_weight()
 
     @property
     def _layer(self) -> QuantizedLayer:

@@ -27,7 +27,7 @@ def live_weight(name: str, layer: Layer) -> Tensor:
     """The weight that the adapters were trained on, ``(out_features, in_features)``."""
     if isinstance(layer, AdaptedLayer):
         return layer.weight_matrix().detach()
-    return layer.dequantize(torch.promote_types(torch.float32, layer.dense_dtype))
+    return layer.dense_weight()
 
 
 def original_weights(module: nn.Module, source: str | None) -> Callable[[str, Layer], Tensor]:

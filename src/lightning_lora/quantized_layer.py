@@ -45,6 +45,10 @@ class QuantizedLayer(nn.Module):
             QuantizationError: If a value is not finite.
         """
 
+    def dense_weight(self) -> Tensor:
+        """:meth:`dequantize` to at least fp32."""
+        return self.dequantize(torch.promote_types(torch.float32, self.dense_dtype))
+
     def requantize(self, weight: Tensor) -> None:
         """Take another dense weight ``(out_features, in_features)``, in the same format."""
         self.weight = self.codes_of(weight)

@@ -40,11 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ddp")
 
 
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
+def run_on_two_ranks(program: str, folder: Path) -> list[dict[str, Any]]:
+    """Start a module in two processes, and read what each of them noted."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "tests.hazards.ddp_runs", str(folder)]
+    command = [sys.executable, "-m", program, str(folder)]
     logs = [(folder / f"rank{rank}.txt").open("w+") for rank in range(2)]
     with logs[0], logs[1]:
         processes = [
@@ -67,6 +67,11 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     printed = "\n".join((folder / f"rank{rank}.txt").read_text()[-4000:] for rank in range(2))
     assert codes == [0, 0], printed
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return run_on_two_ranks("tests.hazards.ddp_runs", folder)
 
 
 @pytest.mark.parametrize("run", ["start", "whole", "parts", "other_base", "lazy", "unused", "quantized"])

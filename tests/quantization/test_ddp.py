@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ import pytest
 import torch
 
 from tests.hazards.runs import is_adapter_only
-from tests.hazards.test_ddp import ROOT, free_port
+from tests.hazards.test_ddp import run_on_two_ranks
 
 pytest.importorskip("bitsandbytes")
 pytestmark = [
@@ -30,31 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "tests.quantization.ddp_runs", str(folder)]
-    logs = [(folder / f"rank{rank}.txt").open("w+") for rank in range(2)]
-    with logs[0], logs[1]:
-        processes = [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **shared, "PYTHONPATH": path, "LOCAL_RANK": str(rank)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-            for rank, log in enumerate(logs)
-        ]
-        try:
-            codes = [process.wait(timeout=200) for process in processes]
-        except subprocess.TimeoutExpired:
-            codes = []
-        for process in processes:
-            process.kill()
-            process.wait()
-    printed = "\n".join((folder / f"rank{rank}.txt").read_text()[-4000:] for rank in range(2))
-    assert codes == [0, 0], printed
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return run_on_two_ranks("tests.quantization.ddp_runs", folder)
 
 
 @pytest.mark.parametrize("form", ["nf4-double", "int8"])

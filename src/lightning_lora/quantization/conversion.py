@@ -107,24 +107,17 @@ def settings_of(layer: nn.Module) -> dict[str, Any]:
     return {key: vars(layer)[key] for key in (*_SETTINGS, _FOREIGN) if key in vars(layer)}
 
 
-def adopt_foreign(module: nn.Module) -> list[str]:
+def adopt_foreign(module: nn.Module) -> None:
     """Make every layer of bitsandbytes in ``module`` one that never rewrites itself, with the same codes.
-
-    Returns:
-        Names of all quantized layers of the module.
 
     Raises:
         QuantizationError: If an evaluation has repacked a layer's codes for another kernel: they are of no use now; or
             if a layer's forward is not that of bitsandbytes.
     """
-    found = []
-    for name, child in list(module.named_modules()):
-        kind = foreign_kind(child)
-        if kind is not None:
-            _adopt(name, child, kind, beside=_dtype_beside(module, child))
-        if isinstance(child, QuantizedLayer):
-            found.append(name)
-    return found
+    kinds = {name: kind for name, child in module.named_modules() if (kind := foreign_kind(child)) is not None}
+    beside = _dtype_beside(module) if "Linear8bitLt" in kinds.values() else torch.float16
+    for name, kind in kinds.items():
+        _adopt(name, module.get_submodule(name), kind, beside=beside)
 
 
 def release_foreign(module: nn.Module) -> None:
@@ -158,11 +151,10 @@ def foreign_kind(module: nn.Module) -> str | None:
     return None
 
 
-def _dtype_beside(module: nn.Module, layer: nn.Module) -> torch.dtype:
-    """Of the bias of a layer, else of the first floating-point parameter of the module that is no code."""
+def _dtype_beside(module: nn.Module) -> torch.dtype:
+    """Of the first floating-point parameter of the module that is no code: 8-bit codes don't tell what they were."""
     codes = {id(child.weight) for child in module.modules() if foreign_kind(child) or isinstance(child, QuantizedLayer)}
-    parameters = [*layer.parameters(recurse=False), *module.parameters()]
-    found = (p.dtype for p in parameters if id(p) not in codes and p.is_floating_point())
+    found = (p.dtype for p in module.parameters() if id(p) not in codes and p.is_floating_point())
     return next(found, torch.float16)
 
 
@@ -187,7 +179,8 @@ def _adopt(name: str, layer: Any, kind: str, *, beside: torch.dtype) -> None:
         state = layer.__dict__.pop("state")
         was = type(layer), {"state": state}
         codes = eight_bit.adopt(layer.weight, state)
-        compute_dtype, dense_dtype, cls = None, beside, eight_bit.QuantizedLinear8bit
+        dense_dtype = beside if layer.bias is None else layer.bias.dtype
+        compute_dtype, cls = None, eight_bit.QuantizedLinear8bit
     become_quantized(layer, cls, codes, dense_dtype=dense_dtype, compute_dtype=compute_dtype, **{_FOREIGN: was})
 
 
