@@ -105,6 +105,17 @@ def test_tied_tensors_stay_tied(tmp_path: Path) -> None:
     assert module.head.weight is module.embedding.weight
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_tied_tensor_is_found_by_whichever_name_the_file_has(prefix: str, tmp_path: Path) -> None:
+    original, found = net(), empty()
+    state = {f"{prefix}{key}": value for key, value in original.state_dict().items() if key != "embedding.weight"}
+    save_file(state, tmp_path / "base.safetensors")
+    inject_adapters(found, LoRAConfig(rank=2), base_weights=tmp_path / "base.safetensors")
+    assert found.head.weight is found.embedding.weight
+    inject_adapters(original, LoRAConfig(rank=2))
+    assert same(base_of(found), base_of(original))
+
+
 def test_what_has_values_already_stays_as_it_is(tmp_path: Path) -> None:
     module = empty()
     module.blocks[1] = nn.Linear(64, 64)

@@ -22,7 +22,8 @@ from lightning_lora.gradient_checkpointing import (
 from lightning_lora.injection import disable_adapters, inject_adapters, remove_adapters
 from lightning_lora.load import load_from_checkpoint
 from lightning_lora.lora import LoRAConfig
-from lightning_lora.merge import MergeConfig, merge_adapters, unmerge_adapters
+from lightning_lora.merge import merge_adapters, unmerge_adapters
+from lightning_lora.merge_config import MergeConfig
 from lightning_lora.merge_report import MergedLayer, MergeReport, OutputDifference
 from lightning_lora.optimizer_swap import OptimizerConfig
 from lightning_lora.planning import MemoryPlan, TokenBatch, plan_memory

@@ -34,11 +34,14 @@ from lightning_lora.injection import extend_adapters
 from lightning_lora.layers import adapted_layers
 from lightning_lora.lightning_names import is_a
 from lightning_lora.lora import LoRAConfig
-from lightning_lora.merge import MergeConfig, is_merged, unmerge_adapters
+from lightning_lora.memory_log import MemoryLog
+from lightning_lora.merge import is_merged, unmerge_adapters
 from lightning_lora.merge_bases import original_weights
+from lightning_lora.merge_config import MergeConfig
 from lightning_lora.merge_report import MergeReport
 from lightning_lora.optimizer_swap import OptimizerConfig, as_optimizer_config, swap_optimizers
 from lightning_lora.optimizers import prune_frozen, require_matching_state, require_trainable
+from lightning_lora.planning import MemoryPlan
 from lightning_lora.quantization.config import QuantizationConfig, as_quantization_config
 from lightning_lora.random_state import forget_random_state, reach_epoch_start, resume_random_state
 from lightning_lora.record import find_record
@@ -65,6 +68,9 @@ class LoRACallback(pl.Callback):
             ``"adamw8bit"``, ``"paged_adamw8bit"``, ``"paged_adamw"``; see :class:`~lightning_lora.OptimizerConfig`.
         base_weights: Where a module that was built without values gets its weights from, see
             :func:`~lightning_lora.inject_adapters`.
+        log_memory: Log the planned and the measured peak of one early batch, as ``lora/planned_peak_bytes`` and
+            ``lora/measured_peak_bytes``. For the plan the module's ``training_step`` runs once more, on a copy without
+            values.
         merge_on_fit_end: Write merged weights after the training and make the module plain with them; a
             :class:`~lightning_lora.MergeConfig` says how.
         print_report: Print what was adapted when a fit begins.
@@ -86,6 +92,7 @@ class LoRACallback(pl.Callback):
         gradient_checkpointing: bool | GradientCheckpointingConfig = False,
         optimizer: str | OptimizerConfig | None = None,
         base_weights: str | Path | None = None,
+        log_memory: bool = False,
         merge_on_fit_end: bool | MergeConfig = False,
         print_report: bool = True,
     ) -> None:
@@ -95,12 +102,19 @@ class LoRACallback(pl.Callback):
         self.gradient_checkpointing = as_gradient_checkpointing_config(gradient_checkpointing)
         self.optimizer = as_optimizer_config(optimizer)
         self.base_weights = base_weights
+        self.log_memory = log_memory
         self.merge_config = _as_merge_config(merge_on_fit_end, base_weights)
         self.print_report = print_report
         self.report: InjectionReport | None = None
         self.merge_report: MergeReport | None = None
         self._sample = SampleCall()
+        self._memory: MemoryLog | None = None
         self._waiting: dict[int, str] | None = None
+
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """What a batch should take, with ``log_memory``; None where that can't be planned (the log says why)."""
+        return None if self._memory is None else self._memory.plan
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Adapt what exists already, and arrange for the rest to be adapted when it has been built."""
@@ -165,6 +179,7 @@ class LoRACallback(pl.Callback):
             if parameter.requires_grad
         }
         self._backwards = 0
+        self._memory = MemoryLog() if self.log_memory else None
         if self.merge_config is not None:
             self._sample.watch(pl_module, next(name for name, _ in adapted_layers(pl_module)))
 
@@ -175,9 +190,11 @@ class LoRACallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Refuse a base that another callback or the module unfroze."""
+        """Refuse a base that another callback or the module unfroze; plan and measure the memory of a batch."""
         if batch_idx == 0:
             self._check_still_frozen(pl_module)
+        if self._memory is not None:
+            self._memory.start(trainer, pl_module, batch)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note which adapters got a gradient in the first batch."""
@@ -191,6 +208,8 @@ class LoRACallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After the first batch with a backward: report adapters that the loss does not reach."""
+        if self._memory is not None:
+            self._memory.finish(trainer, pl_module)
         if self._waiting is not None and self._backwards:
             _check_reached(pl_module, self._waiting)
             _check_recomputed(pl_module)

@@ -17,6 +17,8 @@ from lightning_lora.fingerprint import Contents, describe_difference, fingerprin
 from lightning_lora.hyperparameters import opens_safely
 from lightning_lora.layers import AdaptedLayer
 from lightning_lora.originals import base_buffers, has_values_of, is_extra_state
+from lightning_lora.quantization.config import COMPUTE_DTYPES
+from lightning_lora.quantized_base import quantized_from
 from lightning_lora.record import Record, find_record
 from lightning_lora.targets.patterns import canonical
 from lightning_lora.version import __version__
@@ -64,6 +66,7 @@ def strip_base(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         "version": __version__,
         "configs": {name: config.to_dict() for name, config in record.configs.items()},
         "quantization": None if record.quantization is None else record.quantization.to_dict(),
+        "quantized_from": quantized_from(module),
         "layers": {path: _settings_of(layer) for path, layer in layers.items()},
         "active": {path: list(layer.active) for path, layer in layers.items()},
         "adapters": sorted(adapters),
@@ -118,7 +121,7 @@ def complete_base(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> No
     layers = _by_first_name(contents)
     _compare_settings(found["layers"], {path: _settings_of(layer) for path, layer in layers.items()})
     _compare_quantization(found.get("quantization"), record)
-    _refuse_other_base(describe_difference(found["base"], fingerprint(contents.base(record))))
+    _refuse_other_base(describe_difference(found["base"], fingerprint(contents.base(record))), *_rounded(found, module))
     buffers = _buffers_then(found, {key: value for key, value in base.items() if key not in wanted}, record)
     for entry, state in states.items():
         checkpoint[entry] = {
@@ -139,8 +142,15 @@ def _buffers_then(found: Mapping[str, Any], live: Mapping[str, Tensor], record: 
     return live
 
 
-def _refuse_other_base(difference: str | None) -> None:
+def _rounded(found: Mapping[str, Any], module: nn.Module) -> list[str]:
+    """Why codes may differ though the weights are the same."""
+    then, now = found.get("quantized_from"), quantized_from(module)
+    return [] if then in (None, now) else [f"it was quantized from {then}, and here from {now}"]
+
+
+def _refuse_other_base(difference: str | None, *reasons: str) -> None:
     if difference is not None:
+        difference = "; ".join((difference, *reasons))
         raise BaseMismatchError(
             f"The adapters in this checkpoint were trained on another base: {difference}. Build the module with the "
             "weights it had then (same pretrained model, same seed for anything initialised at random)."
@@ -195,6 +205,7 @@ def _broken_parts(found: Mapping[str, Any]) -> list[str]:
         **{key: _is_names(found.get(key)) for key in ("adapters", "saved", "buffers")},
         **{key: isinstance(found.get(key), dict) and is_fingerprint(found[key]) for key in ("base", "base_buffers")},
         "quantization": isinstance(found.get("quantization"), (dict, type(None))),
+        "quantized_from": found.get("quantized_from") in (None, *COMPUTE_DTYPES, "float64"),
         "optimizers": _is_names(found.get("optimizers", [])),
         "hyper_parameters": isinstance(changes, dict) and all(_is_names(names) for names in changes.values()),
     }

@@ -21,7 +21,8 @@ from lightning_lora.checkpoint import adapter_keys
 from lightning_lora.dense_models import declare_dense
 from lightning_lora.errors import LightningLoRAError, MergeError
 from lightning_lora.fresh import is_pretrained_model
-from lightning_lora.merge import DTYPES, MergeConfig, merged_weights, plain_weights, unused_folder
+from lightning_lora.merge import merged_weights, plain_weights, unused_folder
+from lightning_lora.merge_config import MergeConfig
 from lightning_lora.merge_report import MergeReport
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.targets.patterns import canonical
@@ -115,7 +116,7 @@ def merged_state_dict(module: nn.Module, config: MergeConfig) -> dict[str, Tenso
     Raises:
         MergeError: If the module's state dict has other names than its layers, so that weights can't be placed.
     """
-    dtype = DTYPES[config.dtype] if config.dtype else None
+    dtype = config.torch_dtype
     dropped = adapter_keys(module)
     names = {id(child): name for name, child in module.named_modules()}
     merged = {names[id(item.layer)]: item.layer.as_weight(item.dense) for item in merged_weights(module, config)}

@@ -88,6 +88,7 @@ def extend_adapters(
     quantization: QuantizationConfig | None = None,
     base_weights: str | Path | None = None,
     device: torch.device | None = None,
+    rounded_to: torch.dtype | None = None,
     strict: bool,
 ) -> InjectionReport | None:
     """:func:`inject_adapters` for a module that may not be complete yet.
@@ -99,6 +100,7 @@ def extend_adapters(
         quantization: As in :func:`inject_adapters`.
         base_weights: As in :func:`inject_adapters`.
         device: Where to quantize; None: where the weights are.
+        rounded_to: Dtype that weights are cast to before they are quantized; None: their own.
         strict: False adapts what is there already, accepts patterns that match nothing yet, and returns None where
             there is no layer to adapt.
     """
@@ -116,7 +118,15 @@ def extend_adapters(
         files = _files(module, record, base_weights) if strict else None
         if quantization is not None:
             quantize_base(
-                module, record, config, quantization, saved=saved_modules, strict=strict, device=device, files=files
+                module,
+                record,
+                config,
+                quantization,
+                saved=saved_modules,
+                strict=strict,
+                device=device,
+                files=files,
+                rounded_to=rounded_to,
             )
         elif files is not None:
             stream_weights(module, files)

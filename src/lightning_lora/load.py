@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
 
 from lightning_lora.checkpoint import complete_base, read_manifest
 from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import AdapterMismatchError, CheckpointError
-from lightning_lora.injection import inject_adapters
+from lightning_lora.injection import extend_adapters
 from lightning_lora.lora import LoRAConfig
 from lightning_lora.quantization.config import QuantizationConfig, as_quantization_config
 
@@ -81,7 +82,7 @@ def quantization_from_dict(values: dict[str, Any] | None) -> QuantizationConfig 
 
 def _inject(module: pl.LightningModule, config: AdapterConfig, name: Any, **base: Any) -> None:
     try:
-        inject_adapters(module, config, name=str(name), **base)
+        extend_adapters(module, config, name=str(name), strict=True, **base)
     except ValueError as error:
         raise AdapterMismatchError(
             f"The adapters in this checkpoint do not fit {type(module).__name__}: {error}"
@@ -97,9 +98,14 @@ def _injecting(
     inherited = module_class.on_load_checkpoint
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        quantization = quantization_from_dict(manifest.get("quantization"))
+        dtype = manifest.get("quantized_from")
+        base = {
+            "quantization": quantization_from_dict(manifest.get("quantization")),
+            "rounded_to": None if dtype is None else getattr(torch, dtype),
+            "base_weights": base_weights,
+        }
         for name, config in manifest["configs"].items():
-            _inject(self, config_from_dict(config), name, quantization=quantization, base_weights=base_weights)
+            _inject(self, config_from_dict(config), name, **base)
         complete_base(self, checkpoint)
         inherited(self, checkpoint)
 

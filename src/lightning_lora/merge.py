@@ -7,10 +7,8 @@ kept.
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,72 +22,15 @@ from lightning_lora.frozen import keep_base_as_is
 from lightning_lora.injection import thaw
 from lightning_lora.kept_weights import KeptWeight, put_back, replace_codes, replace_weight, snapshot
 from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters
-from lightning_lora.merge_bases import BASES, live_weight, original_weights
+from lightning_lora.merge_bases import Layer, live_weight, original_weights
 from lightning_lora.merge_changes import base_sums, changed_since_merge, weight_of
+from lightning_lora.merge_config import MergeConfig
 from lightning_lora.merge_report import MergeReport, Norms
 from lightning_lora.quantization.conversion import settings_of
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.record import MergedState, Record, find_record
 from lightning_lora.sample import agree, rounding
 from lightning_lora.targets.patterns import canonical
-
-SOURCES = ("last", "best")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    """How the callback merges at fit end.
-
-    Attributes:
-        source: ``"last"`` merges the adapters as they are at fit end, ``"best"`` those of the checkpoint that
-            ``ModelCheckpoint`` found best.
-        output_dir: Folder of the merged artifact; None: ``merged`` in the run's folder. An existing folder is never
-            written into: ``merged-v1``, ``merged-v2``, ... is used instead.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` of the written weights; None: the base's own.
-        base: Of a base in 4 or 8 bits. ``"dequantized"``: the weights that the adapters were trained on.
-            ``"original"``: those from before the quantization, whose errors the adapters may have learned to correct.
-            ``"requantized"``: the merged weights go through the 4 or 8 bits again, where most of a small update gets
-            lost; the live module stays quantized.
-        original: Where the weights from before the quantization are: a safetensors file, an index of sharded ones, a
-            folder, or a name on the Hugging Face hub; None: where transformers loaded the model from.
-        in_place: Whether the live module becomes plain, with merged weights, after the artifact is written.
-        tolerance: Refuse a merge whose rounding error, over all layers, exceeds this share of the update, or that
-            changes outputs by more than this share of what the adapters change in them (and by more than rounding
-            explains): those of the live module in its own dtype, on a batch of the run, and those of every layer whose
-            class has a forward of its own.
-
-    Raises:
-        ValueError: For a value that has no meaning.
-    """
-
-    source: str = "last"
-    output_dir: str | None = None
-    dtype: str | None = None
-    base: str = "dequantized"
-    original: str | None = None
-    in_place: bool = True
-    tolerance: float = 0.3
-
-    def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {self.source!r}.")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be None or one of {', '.join(DTYPES)}; got {self.dtype!r}.")
-        if self.output_dir is not None and (
-            not isinstance(self.output_dir, (str, os.PathLike)) or not str(self.output_dir).strip()
-        ):
-            raise ValueError(f"output_dir must be None or the path of a folder, got {self.output_dir!r}.")
-        if self.base not in BASES:
-            raise ValueError(f"base must be one of {', '.join(BASES)}; got {self.base!r}.")
-        if self.original is not None and (self.base != "original" or not str(self.original).strip()):
-            raise ValueError(
-                f"original is a path that base='original' reads, got {self.original!r} with {self.base!r}."
-            )
-        if not isinstance(self.in_place, bool):
-            raise ValueError(f"in_place must be True or False, got {self.in_place!r}.")
-        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)) or not self.tolerance > 0:
-            raise ValueError(f"tolerance must be a positive number, got {self.tolerance!r}.")
 
 
 class MergedWeight(NamedTuple):
@@ -114,8 +55,7 @@ def merged_weights(module: nn.Module, config: MergeConfig, norms: Norms | None =
     Raises:
         MergeError: If a merged weight is not finite, or original weights can't be read.
     """
-    dtype = DTYPES[config.dtype] if config.dtype else None
-    base_of = original_weights(module, config.original) if config.base == "original" else live_weight
+    base_of = _base_reader(module, config)
     for name, layer in list(adapted_layers(module)):
         update = layer.weight_update()
         base = base_of(name, layer).to(update.dtype)
@@ -123,7 +63,7 @@ def merged_weights(module: nn.Module, config: MergeConfig, norms: Norms | None =
         if config.base == "requantized" and isinstance(layer, QuantizedLayer):
             codes = layer.codes_of(merged)
             merged = KeptWeight(codes, _format_of(layer)).matrix_for(layer)
-        stored = merged.to(dtype or layer.weight_dtype)
+        stored = merged.to(config.torch_dtype or layer.weight_dtype)
         if not torch.isfinite(stored).all():
             raise MergeError(
                 f"The merged weight of {name!r} is not finite: its adapter diverged, or overflows {stored.dtype}. "
@@ -141,11 +81,14 @@ def _format_of(layer: AdaptedLayer) -> tuple[type[QuantizedLayer], dict[str, Any
 
 def plain_weights(module: nn.Module, config: MergeConfig) -> Iterator[tuple[str, QuantizedLayer, Tensor]]:
     """Name, layer and dense weight of the quantized layers without adapters, which a plain module has dense, too."""
-    base_of = original_weights(module, config.original) if config.base == "original" else live_weight
-    dtype = DTYPES[config.dtype] if config.dtype else None
+    base_of = _base_reader(module, config)
     for name, layer in list(module.named_modules()):
         if isinstance(layer, QuantizedLayer) and not isinstance(layer, AdaptedLayer):
-            yield name, layer, base_of(name, layer).to(dtype or layer.dense_dtype)
+            yield name, layer, base_of(name, layer).to(config.torch_dtype or layer.dense_dtype)
+
+
+def _base_reader(module: nn.Module, config: MergeConfig) -> Callable[[str, Layer], Tensor]:
+    return original_weights(module, config.original) if config.base == "original" else live_weight
 
 
 def measure_merge(module: nn.Module, config: MergeConfig) -> MergeReport:

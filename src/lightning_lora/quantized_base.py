@@ -33,6 +33,7 @@ def quantize_base(
     strict: bool,
     device: torch.device | None = None,
     files: WeightFiles | None = None,
+    rounded_to: torch.dtype | None = None,
 ) -> None:
     """Quantize the frozen linear layers of ``module`` that are dense, and note it in ``record``.
 
@@ -45,6 +46,7 @@ def quantize_base(
         strict: False leaves weights without values, and patterns that match nothing, for later.
         files: What tensors without values are filled from; the layers to quantize never exist dense then.
         device: Where to quantize, as in :func:`~lightning_lora.quantization.conversion.quantize_layers`.
+        rounded_to: Dtype that the weights are cast to before; None: their own.
 
     Raises:
         QuantizationError: If no layer can be quantized, or a weight has no values or values that are not finite.
@@ -65,9 +67,8 @@ def quantize_base(
             f"No linear layer of {type(module).__name__} can be stored as {quantization.quant_type}: "
             + ("; ".join(f"{name!r}: {why}" for name, why in list(selection.skipped.items())[:3]) or "it has none")
         )
-    for name in names:
-        if module.get_submodule(name).weight.requires_grad:
-            record.was_trainable.add(canonical(f"{name}.weight"))
+    for weight in [module.get_submodule(name).weight for name in names if rounded_to is not None]:
+        weight.data = weight.data.to(rounded_to)
     if files is not None:
         quantize = functools.partial(quantize_layer, config=quantization, device=device)
         stream_weights(module, files, quantize=quantize, names=names)
@@ -98,10 +99,18 @@ def check_codes(module: nn.Module) -> None:
 
 def note_format(module: nn.Module, record: Record) -> None:
     """Note how this package quantized layers of ``module``, also in an injection that was removed since."""
-    for child in module.modules():
+    for name, child in module.named_modules():
         if isinstance(child, QuantizedLayer) and child.stored_as is not None:
             record.quantization = child.stored_as
-            return
+            if child.was_trainable:
+                record.was_trainable.add(canonical(f"{name}.weight".lstrip(".")))
+
+
+def quantized_from(module: nn.Module) -> str | None:
+    """Dtype of the weights that this package quantized, which decides about the codes; None if there was not one."""
+    layers = [child for child in module.modules() if isinstance(child, QuantizedLayer)]
+    found = {str(layer.quantized_from).removeprefix("torch.") for layer in layers if layer.quantized_from is not None}
+    return found.pop() if len(found) == 1 else None
 
 
 def describe_quantized(module: nn.Module) -> Iterator[str]:

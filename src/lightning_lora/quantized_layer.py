@@ -22,6 +22,8 @@ class QuantizedLayer(nn.Module):
         compute_dtype: Dtype of the product; None: autocast's under autocast, else the input's.
         dense_dtype: Dtype of the dense weight: of the one that was quantized, until the module is cast.
         stored_as: The ``QuantizationConfig`` of a layer that this package quantized; None: it was found so.
+        quantized_from: Dtype of the weight that this package quantized.
+        was_trainable: Whether that weight required gradients, as it does again once it is dense and thawed.
         parameter_class: Type of the parameter that holds the codes.
     """
 
@@ -31,6 +33,8 @@ class QuantizedLayer(nn.Module):
     compute_dtype: torch.dtype | None
     dense_dtype: torch.dtype
     stored_as: Any = None
+    quantized_from: torch.dtype | None = None
+    was_trainable: bool = False
     parameter_class: type[nn.Parameter]
 
     @abstractmethod
@@ -52,6 +56,8 @@ class QuantizedLayer(nn.Module):
     def requantize(self, weight: Tensor) -> None:
         """Take another dense weight ``(out_features, in_features)``, in the same format."""
         self.weight = self.codes_of(weight)
+        if self.quantized_from is not None:
+            self.quantized_from = weight.dtype
 
     @abstractmethod
     def constants(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import BaseMismatchError, QuantizationError
 from lightning_lora.weight_files import WeightFiles
 
-Place = tuple[nn.Module, str]
+Place = tuple[nn.Module, str, str]  # who holds the tensor, as what, and the dotted name that this makes
 
 
 @contextmanager
@@ -61,13 +61,13 @@ def stream_weights(
         BaseMismatchError: If a tensor is not in the files or has another shape; nothing is changed then.
     """
     places = _without_values(module)
-    found = match_names(module, files, places)
+    found = _found_by_any_name(module, files, places)
     _refuse_missing(module, files, places, found)
     layers = {id(module.get_submodule(name)) for name in names}
     for key, source in found.items():
         value = files.read(source)
         holder: Any
-        holder, name = places[key][0]
+        holder, name, _ = places[key][0]
         if quantize is not None and name == "weight" and id(holder) in layers:
             try:
                 quantize(holder, value.to(holder.weight.dtype))
@@ -89,8 +89,19 @@ def _without_values(module: nn.Module) -> dict[str, list[Place]]:
         wanted = not any(p is not None and not p.is_meta for p in child._parameters.values())
         for key, tensor in [*child._parameters.items(), *persistent.items()]:
             if tensor is not None and (tensor.is_meta or (key in persistent and wanted)):
-                places.setdefault(id(tensor), (f"{prefix}.{key}".lstrip("."), []))[1].append((child, key))
+                name = f"{prefix}.{key}".lstrip(".")
+                places.setdefault(id(tensor), (name, []))[1].append((child, key, name))
     return dict(places.values())
+
+
+def _found_by_any_name(module: nn.Module, files: WeightFiles, places: dict[str, list[Place]]) -> dict[str, str]:
+    """What each tensor is called in the files, which need to hold a tied one only once, by whichever of its names."""
+    found = match_names(module, files, places)
+    others = {name: first for first, held in places.items() if first not in found for _, _, name in held[1:]}
+    if others:
+        again = match_names(module, files, [*found, *others])
+        found |= {others[name]: source for name, source in again.items() if name in others}
+    return found
 
 
 def match_names(module: nn.Module, files: WeightFiles, names: Collection[str]) -> dict[str, str]:
@@ -125,7 +136,7 @@ def _refuse_missing(
                     f"The buffer {f'{prefix}.{key}'.lstrip('.')!r} has no values, and no file holds it. Build the "
                     "module within lightning_lora.empty_weights(), which gives only parameters no values."
                 )
-    missing = [name for name, held in places.items() if name not in found and getattr(*held[0]).is_meta]
+    missing = [name for name, held in places.items() if name not in found and getattr(*held[0][:2]).is_meta]
     if missing:
         raise BaseMismatchError(
             f"{len(missing)} of {len(places)} tensors of {type(module).__name__} are not in {files.source}, such as "
@@ -133,7 +144,7 @@ def _refuse_missing(
             "model, or give the others values before."
         )
     for name, source in found.items():
-        holder, key = places[name][0]
+        holder, key, _ = places[name][0]
         expected = tuple(getattr(holder, key).shape)
         if files.shape(source) != expected:
             raise BaseMismatchError(
@@ -143,11 +154,11 @@ def _refuse_missing(
 
 def _fill(places: list[Place], value: Tensor) -> None:
     """Put a value wherever the same tensor is held, so that tied tensors stay tied."""
-    holder, key = places[0]
+    holder, key, _ = places[0]
     empty = getattr(holder, key)
     tensor: Any = value.to(empty.dtype, copy=True)
     if isinstance(empty, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=empty.requires_grad)
-    for holder, key in places:
+    for holder, key, _ in places:
         store = holder._parameters if key in holder._parameters else holder._buffers
         store[key] = tensor

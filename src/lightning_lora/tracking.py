@@ -55,6 +55,12 @@ def log_checkpoint_bytes(trainer: Trainer, size: int) -> None:
     _log_metrics(trainer, {"lora/checkpoint_bytes": float(size)})
 
 
+def log_memory(trainer: Trainer, *, planned: int | None, measured: int | None) -> None:
+    """Log the peaks of a batch in bytes, as ``lora/planned_peak_bytes`` and ``lora/measured_peak_bytes``."""
+    peaks = {"lora/planned_peak_bytes": planned, "lora/measured_peak_bytes": measured}
+    _log_metrics(trainer, {name: float(size) for name, size in peaks.items() if size is not None})
+
+
 def log_merge(trainer: Trainer, report: Report) -> None:
     """Log a merge: its errors, the difference of the outputs where measured, and a table of the layers."""
     content = report.to_dict()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import math
 
+import bitsandbytes as bnb
 import lightning.pytorch as pl
 import pytest
 import torch
+import torchmetrics
 from rich.console import Console
 from torch import nn
 from transformers import BatchEncoding
@@ -17,6 +21,7 @@ from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.gradient_checkpointing import GradientCheckpointingConfig, enable_gradient_checkpointing
 from lightning_lora.planning import TokenBatch, plan_memory
 from lightning_lora.planning.batches import example_of, resized
+from lightning_lora.quantized_layer import QuantizedLayer
 from tests.planning.models import llama, step_bytes, t5, tokens
 
 LORA = LoRAConfig(rank=4)
@@ -73,8 +78,6 @@ def test_the_same_layers_stay_dense_as_in_a_real_injection(build):
     plan = plan_memory(on_meta(build), config, batch=(1, 8), quantization=skipping)
     module = build()
     inject_adapters(module, config, quantization=skipping)
-    from lightning_lora.quantized_layer import QuantizedLayer
-
     real = {name for name, child in module.named_modules() if isinstance(child, QuantizedLayer)}
     assert set(plan.base.quantized) == real
     assert "lm_head" in plan.base.kept_dense
@@ -251,6 +254,29 @@ def test_a_step_of_ones_own_and_a_language_model_without_a_loss():
     assert own.step.kept < plan.step.kept
 
 
+def test_a_number_that_the_step_only_notes_does_not_stop_a_plan_which_says_so():
+    net, config, batch = nn.Sequential(nn.Linear(4, 4)), LoRAConfig(rank=1, target_modules="0"), torch.ones(2, 4)
+    noted = []
+
+    def step(module, batch):
+        loss = module(batch).sum()
+        noted.append(loss.item())
+        return loss
+
+    plan = plan_memory(net, config, batch=batch, step=step)
+    plain = plan_memory(net, config, batch=batch, step=lambda module, batch: module(batch).sum())
+    assert noted and all(math.isnan(number) for number in noted)
+    assert (plan.step.unknown_reads, plain.step.unknown_reads) == (1, 0)
+    assert plan.parts == plain.parts
+    assert ["NaN" in told(shown) for shown in (plan, plain)] == [True, False]
+
+
+def told(plan):
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(plan)
+    return console.export_text()
+
+
 def test_a_step_that_looks_at_values_is_refused_with_a_way_out():
     def step(module, batch):
         output = module(batch)
@@ -262,11 +288,82 @@ def test_a_step_that_looks_at_values_is_refused_with_a_way_out():
         )
 
 
-def test_a_base_that_is_quantized_already_is_refused():
+@pytest.mark.parametrize("quantization", [None, *FORMATS], ids=str)
+def test_a_module_that_is_adapted_already_is_planned_as_it_is(quantization):
     module = llama()
-    inject_adapters(module, LORA, quantization=NF4)
+    inject_adapters(module, LORA, quantization=quantization)
+    assert_same_plan(
+        plan_memory(module, None, batch=(2, 16), gradient_checkpointing=True),
+        plan_memory(on_meta(llama), LORA, batch=(2, 16), quantization=quantization, gradient_checkpointing=True),
+    )
+    layers = [child for child in module.modules() if isinstance(child, QuantizedLayer)]
+    assert bool(layers) == (quantization is not None)
+    assert not any(layer.weight.is_meta for layer in layers)
+
+
+def assert_same_plan(found, expected):
+    found, expected = found.to_dict(), expected.to_dict()
+    assert found["base"].pop("kept_dense") == {}  # what the injection left dense, and why, is in its report
+    expected["base"].pop("kept_dense")
+    assert found == expected
+
+
+def test_layers_that_bitsandbytes_made_are_planned_once_they_are_adapted():
+    module = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="fp4"), nn.Linear(64, 8))
     with pytest.raises(UnsupportedSetupError, match="Pass the dense module"):
-        plan_memory(module, LORA, batch=(1, 8))
+        plan_memory(module, None, batch=torch.empty(2, 64))
+    inject_adapters(module, LORA)
+    plan = plan_memory(module, None, batch=torch.empty(2, 64))
+    assert plan.base.codes == module[0].weight.nbytes
+    assert plan.settings["quantization"] == module[0].describe()
+
+
+def test_metrics_that_look_at_values_do_not_stop_a_plan():
+    class Scored(pl.LightningModule):
+        def __init__(self, **metrics):
+            super().__init__()
+            self.net = nn.Linear(32, 5)
+            self.metrics = nn.ModuleDict(metrics)
+
+        def training_step(self, batch, index):
+            x, y = batch
+            logits = self.net(x)
+            for name, metric in self.metrics.items():
+                metric(logits, y)
+                self.log_dict(metric) if name == "both" else self.log(name, metric)
+            return nn.functional.cross_entropy(logits, y)
+
+    accuracy = torchmetrics.classification.MulticlassAccuracy(5)
+    collection = torchmetrics.MetricCollection([accuracy, torchmetrics.classification.MulticlassF1Score(5)])
+    batch = torch.randn(8, 32), torch.arange(8) % 5
+    plans = [
+        plan_memory(Scored(**metrics), LoRAConfig(rank=2, target_modules="net"), batch=batch)
+        for metrics in ({}, {"accuracy": accuracy, "both": collection})
+    ]
+    assert step_of(plans[0]) == step_of(plans[1])
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (torch.optim.AdamW, "adamw_fused"),  # one tensor after the other, on a CPU
+        (functools.partial(torch.optim.AdamW, foreach=True), "adamw"),
+        (functools.partial(torch.optim.SGD, momentum=0.9), "sgd_momentum"),
+        (torch.optim.SGD, "sgd"),
+        (bnb.optim.AdamW8bit, "adamw8bit"),
+        (bnb.optim.PagedAdamW, "paged_adamw"),
+    ],
+)
+def test_a_real_optimizer_says_what_it_keeps(build, name):
+    module = llama(num_hidden_layers=1)
+    real = plan_memory(module, LORA, batch=(1, 8), optimizer=build(module.parameters(), lr=1e-3))
+    assert real.to_dict() == plan_memory(module, LORA, batch=(1, 8), optimizer=name).to_dict()
+
+
+def test_an_optimizer_that_is_not_known_is_refused():
+    optimizer = torch.optim.Adagrad(nn.Linear(2, 2).parameters())
+    with pytest.raises(ValueError, match="what Adagrad keeps is not known"):
+        plan_memory(llama(num_hidden_layers=1), LORA, batch=(1, 8), optimizer=optimizer)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +416,5 @@ def test_gb_and_gib_are_told_apart_and_the_plan_is_json():
     assert plan.peak_gib == plan.peak / 2**30
     values = json.loads(json.dumps(plan.to_dict()))
     assert values["peak"] == plan.peak
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(plan)
-    text = console.export_text()
+    text = told(plan)
     assert "base weights" in text and "GiB" in text and "lm_head" in text

@@ -1,5 +1,7 @@
 """Tensors without memory behave as tensors of the CPU, as far as shapes, dtypes, sharing and small integers go."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,9 +79,16 @@ def test_a_known_mask_gives_the_shape_of_what_it_selects():
     assert chosen.shape == (2, 8)
 
 
-def test_a_value_that_only_a_real_run_has_is_refused():
+def test_a_value_that_only_a_real_run_has_is_refused_where_it_decides():
     with without_memory(), pytest.raises(UnsupportedSetupError, match="values that only a real run has"):
-        float(weightless(3).sum())
+        bool(weightless(3).sum() > 0)
+    with without_memory(), pytest.raises(UnsupportedSetupError, match="values that only a real run has"):
+        int(weightless(3).argmax())
+
+
+def test_a_number_that_is_read_alone_is_nan():
+    with without_memory():
+        assert math.isnan(weightless(3).sum().item())
 
 
 def test_a_sampled_integer_is_not_known():

@@ -16,6 +16,7 @@ from lightning_lora import (
     TargetNotFoundError,
     UnsupportedSetupError,
     inject_adapters,
+    merge_adapters,
     remove_adapters,
 )
 from lightning_lora.quantized_layer import QuantizedLayer
@@ -258,3 +259,18 @@ def test_8_bit_codes_that_were_written_over_in_place_are_refused() -> None:
     module[1].weight.data.copy_(torch.randn(64, 64))  # as a setup() does that loads pretrained weights by hand
     with pytest.raises(QuantizationError, match=r"'1' were written over in place"):
         inject_adapters(module, LoRAConfig(rank=2), quantization=QuantizationConfig(quant_type="int8"))
+
+
+def test_weights_train_again_after_a_merge_of_a_second_injection() -> None:
+    """The first one noted which weights required gradients, and its note was dropped with its adapters."""
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4))
+    net[2].requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    config = LoRAConfig(rank=2, exclude_modules=("3",))
+    inject_adapters(net, config, quantization=QuantizationConfig())
+    remove_adapters(net)
+    inject_adapters(net, config)
+    merge_adapters(net)
+    remove_adapters(net)
+    assert not any(isinstance(child, QuantizedLayer) for child in net)
+    assert {name: parameter.requires_grad for name, parameter in net.named_parameters()} == before

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_lora import LoRACallback, LoRAConfig, MergeConfig, QuantizationConfig, inject_adapters, unmerge_adapters
+from lightning_lora import (
+    BaseMismatchError,
+    LoRACallback,
+    LoRAConfig,
+    MergeConfig,
+    QuantizationConfig,
+    inject_adapters,
+    load_from_checkpoint,
+    unmerge_adapters,
+)
 from tests.conftest import TinyModule
 from tests.hazards.runs import checkpointing, fit, trained
 from tests.quantization.lives import qlora
@@ -80,3 +90,32 @@ def test_16_mixed_on_the_cpu_becomes_bf16_mixed_and_works(make_trainer: Any) -> 
         trainer = make_trainer(precision="16-mixed", callbacks=[qlora()])
     fit(trainer, module)
     assert trained(module)
+
+
+class Pretrained(Casting):
+    """Built in ``configure_model``, in Lightning's dtype, with weights that were saved in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = {name: self._modules.pop(name) for name in ("backbone", "head")}
+
+    def configure_model(self) -> None:
+        for name in self.parts.keys() - self._modules.keys():
+            setattr(self, name, copy.deepcopy(self.parts[name]).to(torch.get_default_dtype()))
+
+
+@pytest.mark.parametrize("form", ["nf4-double", "int8"])
+def test_codes_of_rounded_weights_are_found_again_where_the_module_is_built_in_fp32(
+    make_trainer: Any, tmp_path: Path, form: str
+) -> None:
+    """``configure_model`` under bf16-true gives weights in bf16, and ``load_from_checkpoint`` a module in fp32."""
+    module = Pretrained()
+    saving = checkpointing(tmp_path, filename="rounded")
+    saving["callbacks"].append(qlora(form))
+    fit(make_trainer(precision="bf16-true", **saving), module)
+    assert not same(codes_of(module), codes_before(form, {}))
+    with pytest.raises(BaseMismatchError, match="quantized from bfloat16, and here from float32"):
+        fit(make_trainer(callbacks=[qlora(form)]), Pretrained(), ckpt_path=tmp_path / "rounded.ckpt")
+    found = load_from_checkpoint(Pretrained, tmp_path / "rounded.ckpt")
+    assert same(codes_of(found), codes_of(module))
+    assert same(adapters_of(found), adapters_of(module))

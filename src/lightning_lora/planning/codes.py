@@ -14,6 +14,7 @@ from lightning_lora.class_swap import restore_class, swap_class
 from lightning_lora.layers import AdaptedLayer, AdaptedLinear
 from lightning_lora.quantization.config import COMPUTE_DTYPES, STORAGE_DTYPES, QuantizationConfig
 from lightning_lora.quantization.product import product
+from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.targets.selection import Selection
 
 _NESTED_BLOCK = 256  # bitsandbytes quantizes the constants in blocks of this many
@@ -37,20 +38,27 @@ def constant_bytes(out_features: int, in_features: int, config: QuantizationConf
     if config.quant_type == "int8":
         return 4 * out_features
     blocks = math.ceil(out_features * in_features / config.block_size)
-    table = 4 * 16
-    if not config.double_quant:
-        return 4 * blocks + table
-    return blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) + table + 4 * 256 + 4
+    scales = blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) if config.double_quant else 4 * blocks
+    return scales + _table_bytes(config.double_quant)
+
+
+def _table_bytes(double: bool) -> int:
+    return 4 * 16 + (4 * 256 + 4 if double else 0)
 
 
 class CodedLinear(nn.Linear):
     """An ``nn.Linear`` that computes, and takes memory for a moment, as one whose weight is stored as codes.
 
-    Its ``weight`` is dense and there for its shape only; it takes what :meth:`stored_bytes` says.
+    Its ``weight`` is dense and there for its shape only.
+
+    Attributes:
+        stored_bytes: What it takes instead: bytes of the codes and of the constants.
+        compute_dtype: As in :class:`~lightning_lora.quantized_layer.QuantizedLayer`.
+        note: Told of each dense weight that is there for a moment.
     """
 
+    stored_bytes: tuple[int, int]
     compute_dtype: torch.dtype | None
-    quantization: QuantizationConfig
     note: Callable[[Tensor], Tensor]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -59,13 +67,8 @@ class CodedLinear(nn.Linear):
         return self.note(dense)
 
     def describe(self) -> str:
-        """The format."""
-        return self.quantization.quant_type
-
-    def stored_bytes(self) -> tuple[int, int]:
-        """Bytes of the codes and of the constants."""
-        shape = (self.out_features, self.in_features)
-        return code_bytes(math.prod(shape), self.quantization), constant_bytes(*shape, self.quantization)
+        """For messages."""
+        return "codes"
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -90,21 +93,39 @@ def store_as_codes(module: nn.Module, selection: Selection, config: Quantization
     """
     kept = dict(selection.skipped)
     for target in selection.targets:
-        layer = module.get_submodule(target.name)
+        layer: Any = module.get_submodule(target.name)
         if layer.weight.requires_grad:
             kept[target.name] = "trained in full (modules_to_save)"
         else:
-            _become_coded(layer, config)
+            shape = (layer.out_features, layer.in_features)
+            stored = code_bytes(math.prod(shape), config), constant_bytes(*shape, config)
+            compute_dtype = None if config.compute_dtype is None else COMPUTE_DTYPES[config.compute_dtype]
+            _become_coded(layer, stored, compute_dtype)
     return kept
 
 
-def _become_coded(layer: nn.Module, config: QuantizationConfig) -> None:
+def stand_in_for_codes(module: nn.Module, stored: dict[str, tuple[int, int]]) -> None:
+    """Make the quantized layers of a twin stand-ins, in place; what they are called tells their ``stored_bytes``."""
+    for name, size in stored.items():
+        layer: Any = module.get_submodule(name)
+        shape = (layer.out_features, layer.in_features)
+        layer.weight = nn.Parameter(torch.empty(shape, dtype=layer.dense_dtype, device="meta"), requires_grad=False)
+        _become_coded(layer, size, layer.compute_dtype)
+
+
+def bytes_of_codes(layer: QuantizedLayer) -> tuple[int, int]:
+    """Bytes of the codes and of the constants that a quantized layer really has."""
+    constants = layer.constants()
+    tables = 0 if "SCB" in constants else _table_bytes("weight.nested_absmax" in constants)
+    return layer.weight.nbytes, sum(tensor.nbytes for tensor in constants.values()) + tables
+
+
+def _become_coded(layer: nn.Module, stored: tuple[int, int], compute_dtype: torch.dtype | None) -> None:
     adapted = isinstance(layer, AdaptedLayer)
     if adapted:
         restore_class(layer)
     layer.__class__ = CodedLinear
-    compute_dtype = None if config.compute_dtype is None else COMPUTE_DTYPES[config.compute_dtype]
-    layer.__dict__.update(compute_dtype=compute_dtype, quantization=config, note=_unnoted)
+    layer.__dict__.update(compute_dtype=compute_dtype, stored_bytes=stored, note=_unnoted)
     if adapted:
         swap_class(layer, AdaptedLinear)
 

@@ -39,11 +39,13 @@ class StepMemory:
         kept: Alive when the forward pass has ended, waiting for the backward pass; without the batch.
         forward: Alive at the peak of the forward pass, by part.
         backward: Alive at the peak of the backward pass, by part; empty if there was none.
+        unknown_reads: How often the step asked for a floating-point number, as ``loss.item()`` does, and got NaN.
     """
 
     kept: int
     forward: Mapping[str, int]
     backward: Mapping[str, int]
+    unknown_reads: int = 0
 
 
 def dry_run(
@@ -121,7 +123,8 @@ class _Run:
             self._in_backward = True
             live.part = HEAD if self._has_blocks else TEMPORARY
             loss.backward()  # type: ignore[no-untyped-call]
-        return StepMemory(kept=kept, forward=forward, backward=live.take_peak() if backward else {})
+        parts = live.take_peak() if backward else {}
+        return StepMemory(kept=kept, forward=forward, backward=parts, unknown_reads=live.unknown_reads)
 
     def _enter(self, part: str) -> None:
         if not self._in_backward:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_lora.planning.weightless import WeightlessTensor
+from lightning_lora.planning.weightless import READ, WeightlessTensor
 
 _aten = torch.ops.aten
 # Under a dispatch mode the engine adds gradients out of place and clones what it would otherwise take over as .grad;
@@ -36,6 +36,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         part: What new storages are counted as, a name that the caller sets as the run goes on.
         current: Live bytes by part.
         at_peak: Live bytes by part at the moment when their sum was largest.
+        unknown_reads: How often code asked for a number that nobody knows.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -43,6 +44,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.part = "activations"
         self.current: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
+        self.unknown_reads = 0
         self._known = {_key(tensor) for tensor in known}
         self._live: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._total = 0
@@ -96,6 +98,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.unknown_reads += func is READ and isinstance(args[0], WeightlessTensor) and result != result
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and _key(tensor) not in self._live:
                 self.count(tensor, self.part)

@@ -160,6 +160,7 @@ class MemoryPlan:
             "kept_for_backward": self.step.kept,
             "kept_without_recomputation": self.kept_without_recomputation,
             "kept_with_recomputation": self.kept_with_recomputation,
+            "unknown_reads": self.step.unknown_reads,
             "moments": self.moments,
             "peak_moment": self.moment,
             "peak": self.peak,

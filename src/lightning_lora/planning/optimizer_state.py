@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 _STEP = 4  # the step counter of torch's optimizers: one fp32 number a tensor
 
@@ -76,14 +77,25 @@ OPTIMIZERS = {
 }
 
 
-def as_optimizer(value: str | OptimizerKind | OptimizerMemory) -> OptimizerMemory:
-    """An optimizer by its name, that of a config, or one that the caller describes.
+_CLASSES = {
+    "Adam": "adamw",
+    "AdamW": "adamw",
+    "AdamW8bit": "adamw8bit",
+    "PagedAdamW8bit": "paged_adamw8bit",
+    "PagedAdamW": "paged_adamw",
+}
+
+
+def as_optimizer(value: str | OptimizerKind | OptimizerMemory | Optimizer) -> OptimizerMemory:
+    """An optimizer by its name, that of a config, one that the caller describes, or a real one.
 
     Raises:
-        ValueError: If the name is not known.
+        ValueError: If the name, or what a real one keeps, is not known.
     """
     if isinstance(value, OptimizerMemory):
         return value
+    if isinstance(value, Optimizer):
+        return OPTIMIZERS[_name_of(value)]
     name = value if isinstance(value, str) else getattr(value, "kind", None)
     if name not in OPTIMIZERS:
         raise ValueError(
@@ -91,3 +103,14 @@ def as_optimizer(value: str | OptimizerKind | OptimizerMemory) -> OptimizerMemor
             f"what it keeps; got {value!r}."
         )
     return OPTIMIZERS[name]
+
+
+def _name_of(optimizer: Optimizer) -> str:
+    kind, group = type(optimizer).__name__, optimizer.param_groups[0]
+    if kind == "SGD":
+        return "sgd_momentum" if group["momentum"] else "sgd"
+    if kind not in _CLASSES or group.get("amsgrad"):
+        raise ValueError(f"what {kind} keeps is not known. Pass an OptimizerMemory that says it.")
+    # torch updates one tensor after the other on a CPU, unless told otherwise.
+    one_by_one = not group.get("foreach") and group["params"][0].device.type == "cpu"
+    return "adamw_fused" if _CLASSES[kind] == "adamw" and (group.get("fused") or one_by_one) else _CLASSES[kind]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.config import AdapterConfig
@@ -33,6 +34,8 @@ from lightning_lora.planning.steps import Step, step_for
 from lightning_lora.planning.twin import meta_twin
 from lightning_lora.quantization.config import QuantizationConfig, as_quantization_config
 from lightning_lora.quantized_base import layers_to_quantize
+from lightning_lora.quantized_layer import QuantizedLayer
+from lightning_lora.record import find_record
 
 Checkpointing = bool | GradientCheckpointingConfig | None
 
@@ -44,7 +47,7 @@ def plan_memory(
     batch: Any,
     quantization: QuantizationConfig | None = None,
     gradient_checkpointing: Checkpointing = None,
-    optimizer: str | OptimizerKind | OptimizerMemory = "adamw",
+    optimizer: str | OptimizerKind | OptimizerMemory | Optimizer = "adamw",
     precision: str = "32-true",
     accumulate_grad_batches: int = 1,
     step: Callable[[nn.Module, Any], Any] | None = None,
@@ -59,7 +62,8 @@ def plan_memory(
         module: An ``nn.Module`` on any device (also meta), a transformers config, a folder with a ``config.json``, or a
             name on the Hugging Face hub, of which the config alone is fetched. Its parts run in the modes that they are
             in, as Lightning leaves them; a model of a config or a name is in eval mode, as ``from_pretrained`` does it.
-        config: The adapters; None adds none: what requires gradients trains, in a fresh module everything.
+        config: The adapters; None adds none: what requires gradients trains, in a fresh module everything, in one that
+            is adapted (and quantized) already its adapters.
         batch: ``TokenBatch(size, length)`` or the pair ``(size, length)`` for language models; for any other module an
             example batch, whose floating-point values are never looked at (its tensors may be on the meta device).
         quantization: Format of the frozen linear layers.
@@ -67,8 +71,8 @@ def plan_memory(
             whose own switch (transformers) does nothing in eval mode.
         optimizer: ``"adamw"`` (torch's, on a GPU), ``"adamw_fused"``, ``"adamw8bit"`` (bitsandbytes),
             ``"paged_adamw8bit"`` and ``"paged_adamw"`` (whose states count as in the classes without pages),
-            ``"sgd"``, ``"sgd_momentum"``, an :class:`~lightning_lora.OptimizerConfig`, or an
-            :class:`~lightning_lora.planning.OptimizerMemory`.
+            ``"sgd"``, ``"sgd_momentum"``, an :class:`~lightning_lora.OptimizerConfig`, a real optimizer of one of
+            these classes, or an :class:`~lightning_lora.planning.OptimizerMemory`.
         precision: Lightning's: ``"32-true"`` (which leaves the module's dtypes as they are), ``"bf16-true"``,
             ``"16-true"``, ``"64-true"``, ``"bf16-mixed"``, ``"16-mixed"``.
         accumulate_grad_batches: More than 1: gradients of earlier batches are there during the whole step.
@@ -199,17 +203,27 @@ class _Request:
         return other._dry_run(twin, backward=False).kept
 
     def _settings(self, recomputes: bool) -> dict[str, str]:
-        config, quantization = self.config, self.quantization
-        double = " (double)" if quantization is not None and quantization.double_quant else ""
         return {
             "model": type(self.module).__name__,
             "batch": describe(self.batch),
-            "adapters": "none, all trains" if config is None else f"{config.kind} rank {config.rank}",
-            "quantization": "" if quantization is None else f"{quantization.quant_type}{double}",
+            "adapters": _adapters_in_words(self.module, self.config),
+            "quantization": _format_in_words(self.module, self.quantization),
             "precision": self.precision_name,
             "gradient checkpointing": "on" if recomputes else "off",
             "optimizer": self.optimizer.name,
         }
+
+
+def _adapters_in_words(module: nn.Module, config: AdapterConfig | None) -> str:
+    record = find_record(module)
+    configs = [config] if config is not None else list(record.configs.values()) if record is not None else []
+    return ", ".join(f"{chosen.kind} rank {chosen.rank}" for chosen in configs) or "none, all trains"
+
+
+def _format_in_words(module: nn.Module, quantization: QuantizationConfig | None) -> str:
+    if quantization is not None:
+        return f"{quantization.quant_type}{' (double)' if quantization.double_quant else ''}"
+    return ", ".join(sorted({child.describe() for child in module.modules() if isinstance(child, QuantizedLayer)}))
 
 
 def _recomputes_itself(twin: nn.Module) -> bool:
@@ -230,7 +244,7 @@ def _base_memory(twin: nn.Module, kept_dense: dict[str, str]) -> BaseMemory:
     codes = {id(child.weight): (name, child) for name, child in twin.named_modules() if isinstance(child, CodedLinear)}
     adapters = _adapter_parameters(twin)
     base = [parameter for parameter in twin.parameters() if id(parameter) not in adapters]
-    stored = [codes[id(parameter)][1].stored_bytes() for parameter in base if id(parameter) in codes]
+    stored = [codes[id(parameter)][1].stored_bytes for parameter in base if id(parameter) in codes]
     dense = sum(parameter.nbytes for parameter in base if id(parameter) not in codes)
     return BaseMemory(
         parameters=sum(parameter.numel() for parameter in base),

@@ -44,4 +44,8 @@ def _notes(plan: MemoryPlan) -> list[str]:
             f"kept for the backward pass: {in_gb(plan.kept_without_recomputation)} without gradient checkpointing, "
             f"{in_gb(plan.kept_with_recomputation)} with it"
         )
+    if plan.step.unknown_reads:
+        notes.append(
+            "the step looks at floating-point values (loss.item()): each was NaN here, also where it decides something"
+        )
     return notes

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.errors import UnsupportedSetupError
+from lightning_lora.lightning_names import is_a
+from lightning_lora.planning.codes import bytes_of_codes, stand_in_for_codes
 from lightning_lora.planning.weightless import WeightlessTensor
+from lightning_lora.quantized_layer import QuantizedLayer
+from lightning_lora.record import find_record
 
 
 def meta_twin(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of ``module`` on the meta device, with its ties, flags and hooks.
+    """A copy of ``module`` on the meta device, with its ties, flags and hooks; quantized layers become stand-ins.
 
     Args:
         module: Any module, on any device. Left as it is.
@@ -25,22 +29,34 @@ def meta_twin(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         UnsupportedSetupError: If a parameter is stored in another form than dense floating-point numbers.
     """
     memo: dict[int, Any] = {id(trainer): None for trainer in _trainers(module)}
+    memo.update({id(tensor): tensor for tensor in _remembered(module)})
+    coded = {name: child for name, child in module.named_modules() if isinstance(child, QuantizedLayer)}
+    codes = {id(child.weight) for child in coded.values()}
     adapters = {id(p) for child in module.modules() if isinstance(child, Adapter) for p in child.parameters()}
     tensors = _Converter(lambda tensor: _on_meta(tensor, None if id(tensor) in adapters else dtype))
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        _refuse_codes(name, tensor)
+        if id(tensor) not in codes:
+            _refuse_codes(name, tensor)
         memo[id(tensor)] = tensors(tensor)
-    return copy.deepcopy(module, memo)
+    twin = copy.deepcopy(module, memo)
+    stand_in_for_codes(twin, {name: bytes_of_codes(child) for name, child in coded.items()})
+    return twin
 
 
 def become_weightless(twin: nn.Module) -> None:
-    """Give a module on the meta device tensors that say they are on the CPU, in place."""
+    """Give a module on the meta device tensors that say they are on the CPU, in place.
+
+    Metrics of torchmetrics measure nothing any more: most look at values, and none is part of the loss.
+    """
     tensors = _Converter(WeightlessTensor)
     for child in twin.modules():
         for store in (child._parameters, child._buffers):
             for key, tensor in store.items():
                 if tensor is not None:
                     store[key] = tensors(tensor)
+        for kind, score in (("Metric", _no_score), ("MetricCollection", _no_scores)):
+            if is_a(child, kind):
+                child.__dict__.update(dict.fromkeys(("forward", "update", "compute"), score))
 
 
 class _Converter:
@@ -75,6 +91,20 @@ def _refuse_codes(name: str, tensor: Tensor) -> None:
             f"plan_memory: {name!r} is stored as {type(tensor).__name__} {tensor.layout}. Pass the dense module, its "
             "config or its name, and the format by quantization=QuantizationConfig(...)."
         )
+
+
+def _no_score(*_: Any, **__: Any) -> Tensor:
+    return torch.zeros(())
+
+
+def _no_scores(*_: Any, **__: Any) -> dict[str, Tensor]:
+    return {}
+
+
+def _remembered(module: nn.Module) -> list[Tensor]:
+    """Values that an injection keeps to undo itself: no part of a step, and not copied for it."""
+    records = [record for child in module.modules() if (record := find_record(child)) is not None]
+    return [tensor for record in records for kept in (record.originals, record.buffers) for tensor in kept.values()]
 
 
 def _trainers(module: nn.Module) -> list[Any]:

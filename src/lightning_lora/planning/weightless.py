@@ -6,6 +6,7 @@ tracing, and then computes another attention mask than in a real run.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lora.errors import UnsupportedSetupError
 
 _aten = torch.ops.aten
-_READ = _aten._local_scalar_dense.default
+READ = _aten._local_scalar_dense.default
 _SHAPED_BY_VALUES = {_aten.nonzero.default, _aten.masked_select.default}
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
 _META = torch.device("meta")
@@ -82,7 +83,8 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
     """One operator on tensors without memory.
 
     Raises:
-        UnsupportedSetupError: If the result, or its shape, depends on values that nobody knows before the run.
+        UnsupportedSetupError: If the result, or its shape, depends on values that nobody knows before the run; a
+            floating-point number that is read alone is NaN instead.
     """
     if func in _INDEXING:
         args = (args[0], _without_masks(args[1]), *args[2:])
@@ -90,7 +92,9 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
     meta_args = _on_meta(args, tensors)
     meta_kwargs = {key: _on_meta(value, tensors) for key, value in kwargs.items()}
     known = all(_value(tensor) is not None for tensor in tensors) and not _is_random(func)
-    if func is _READ or func in _SHAPED_BY_VALUES:
+    if func is READ or func in _SHAPED_BY_VALUES:
+        if not known and func is READ and args[0].is_floating_point():
+            return math.nan  # most often on its way to a log
         if not known:
             raise UnsupportedSetupError(f"the code looks at values that only a real run has ({func})")
         value = _really(func, args, kwargs)

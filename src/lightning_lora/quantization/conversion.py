@@ -14,7 +14,7 @@ from lightning_lora.quantization.config import COMPUTE_DTYPES, STORAGE_DTYPES, Q
 from lightning_lora.quantized_layer import QuantizedLayer
 
 _FOREIGN = "_lightning_lora_was"  # on a layer of bitsandbytes: its class and the attributes that were taken off it
-_SETTINGS = ("dense_dtype", "compute_dtype", "stored_as")
+_SETTINGS = ("dense_dtype", "compute_dtype", "stored_as", "quantized_from", "was_trainable")
 
 
 def quantize_layers(
@@ -79,8 +79,18 @@ def quantize_layer(
         }
         codes, cls = four_bit.quantize(weight, settings), four_bit.QuantizedLinear4bit
     compute_dtype = None if config.compute_dtype is None else COMPUTE_DTYPES[config.compute_dtype]
+    was_trainable = layer.weight.requires_grad
     layer.weight.requires_grad_(False)  # an optimizer may hold it: one without gradients is taken out there
-    become_quantized(layer, cls, codes, dense_dtype=weight.dtype, compute_dtype=compute_dtype, stored_as=config)
+    become_quantized(
+        layer,
+        cls,
+        codes,
+        dense_dtype=weight.dtype,
+        compute_dtype=compute_dtype,
+        stored_as=config,
+        quantized_from=weight.dtype,
+        was_trainable=was_trainable,
+    )
 
 
 def become_quantized(layer: nn.Module, cls: type[QuantizedLayer], codes: Tensor, **settings: Any) -> None:

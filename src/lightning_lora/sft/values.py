@@ -20,7 +20,18 @@ SITES = pool(
     Murcia|Nashville|Omaha|Orlando|Ottawa|Padua|Palermo|Parma|Perth|Pisa|Plymouth|Poznan|Quebec|Rennes|Reno|Riga|
     Salzburg|Santander|Sheffield|Siena|Stockholm|Strasbourg|Tampa|Toledo|Toulouse|Trieste|Tucson|Turku|Ulm|
     Uppsala|Venice|Verona|Vigo|Wroclaw|Zagreb|Canal Street|Iron Gate|Maple Court|Castle Park|Broad Lane|
-    Silver Creek|Lower Field|Chapel Row|Red Barn|Union Yard""",
+    Silver Creek|Lower Field|Chapel Row|Red Barn|Union Yard|Albany|Almeria|Amiens|Arezzo|Bath|Bergamo|Boise|Bonn|
+    Brescia|Brighton|Burgos|Caen|Canberra|Chemnitz|Como|Cremona|Darwin|Dayton|Dortmund|Duisburg|Durban|Edmonton|
+    El Paso|Ferrara|Flint|Freiburg|Fulda|Gera|Girona|Goslar|Hamilton|Hartford|Huelva|Hull|Innsbruck|Izmir|Jaen|
+    Katowice|Kaunas|Kosice|Lahti|Leiden|Lille|Limerick|Limoges|Ljubljana|Lublin|Lugano|Luton|Macon|Mannheim|
+    Maribor|Metz|Mobile|Monza|Nancy|Nijmegen|Nuremberg|Orebro|Ostrava|Oulu|Oviedo|Patras|Pecs|Pilsen|Pula|Raleigh|
+    Reading|Regina|Rimini|Rostock|Rouen|Sacramento|Sarajevo|Sibiu|Sofia|Split|Stavanger|Szeged|Tarragona|Tilburg|
+    Torquay|Tours|Trento|Tromso|Udine|Varna|Venlo|Wichita|Wolfsburg|Worcester|Yeovil|Zadar|Zwolle|Ashbury|
+    Birchcombe|Claydale|Dunholm|Elmstead|Farleigh|Glenmere|Hazelwick|Kirkness|Langport|Marlow Heath|Norbury|
+    Oakley Cross|Pemworth|Quarrington|Rockport|Sandwell|Thornby|Underhill|Walford|Amber Road|Bell Tower|
+    Copper Street|Dyer Lane|Elm Terrace|Fox Hollow|Gate House|Hill Farm|King Street|Lime Works|Meadow End|
+    New Wharf|Orchard Way|Pine Ridge|Queens Dock|Rail Yard|Salt Works|Tower Park|Upper Ford|Vine Cottage|
+    White Cliff|South Gate|West Field|Mill Lane|High Street""",
     "Basel|Tallinn|Odense|Norwich|Phoenix|Bern|River Gate|Lakeview",
     """Antwerp|Bristol|Cologne|Durham|Essen|Frankfurt|Glasgow|Helsinki|Krakow|Lisbon|Milan|Oxford|Stuttgart|
     Tulsa|Valencia|Winnipeg|Brookside|Fairview|South Pier|Mill Road|High Bridge|West Dock""",
@@ -29,7 +40,9 @@ SITES = pool(
 FIRST_NAMES = pool(
     """Maria|Tom|Aisha|Peter|Lena|Carlos|Julia|Omar|Nina|Paul|Grace|Ivan|Emma|Hugo|Sara|David|Laura|Ahmed|
     Rosa|Simon|Clara|Victor|Alice|Marco|Helen|Felix|Irene|Daniel|Olga|Martin|Sofia|Robert|Eva|Jonas|Ruth|Adam|
-    Diana|Oscar|Vera|Leo""",
+    Diana|Oscar|Vera|Leo|Amelia|Boris|Celia|Derek|Elena|Fiona|Gustav|Hanna|Igor|Jasmin|Karim|Lydia|Mateo|
+    Noah|Oliver|Pilar|Quentin|Renata|Stella|Tariq|Ursula|Vincent|Wanda|Xavier|Yusuf|Zoe|Agnes|Bernd|Chloe|
+    Dmitri|Esther|Fatima|Gloria|Hassan|Ingrid|Judith|Kurt|Louis|Mehmet|Natalia""",
     "Kate|Bruno|Petra|Samir|Joan|Erik",
     "Anna|George|Monica|Stefan|Linda|Pablo|Susan|Jacob|Teresa|Kevin|Marta|Frank|Nadia|Henry|Paula|Lucas",
 )
@@ -37,7 +50,10 @@ FIRST_NAMES = pool(
 LAST_NAMES = pool(
     """Olsen|Smith|Khan|Novak|Weber|Lopez|Brown|Rossi|Jensen|Dubois|Wright|Petrov|Murphy|Garcia|Fischer|
     Taylor|Costa|Lindberg|Hughes|Kowalski|Meyer|Santos|Walker|Hansen|Moreau|Cooper|Ricci|Larsen|Adams|Schmidt|
-    Bennett|Vidal|Nowak|Turner|Bauer|Silva|Morgan|Keller|Ramos|Fox""",
+    Bennett|Vidal|Nowak|Turner|Bauer|Silva|Morgan|Keller|Ramos|Fox|Abbott|Baker|Carter|Dalton|Eriksen|
+    Foster|Greco|Harris|Ibrahim|Jacobs|Kaminski|Laurent|Mancini|Neumann|Ortega|Palmer|Quinn|Richter|Sanders|
+    Tanaka|Ullmann|Vogel|Watson|Yilmaz|Zimmer|Andersson|Barbieri|Castillo|Dietrich|Egger|Fontaine|Gruber|
+    Haddad|Ivanov|Jankowski|Klein|Lefevre|Marino|Nguyen|Osborne|Peeters|Roberts|Schneider|Thomas|Vargas""",
     "Stone|Horak|Leroy|Nilsen|Price|Conti",
     """Berg|Clark|Romano|Evans|Hoffman|Torres|Young|Marchetti|Virtanen|Collins|Ferrari|Parker|Wagner|Reed|
     Mendez|Bishop""",

@@ -124,7 +124,16 @@ URGENCIES = {  # house urgency -> how customers word it; a message that says not
         we cannot work at all until it is solved|at the earliest possible moment|today please, not tomorrow|
         it must be solved within the hour|nothing runs here any more|please react at once|
         an engineer is needed on the spot|it has the highest priority|everything here is at a halt|
-        we can't do anything without it|send a fitter this very day""",
+        we can't do anything without it|send a fitter this very day|it has to be today|can anybody come today|
+        a fitter must be here today|it cannot wait until tomorrow|we expect you today|not later than today|
+        somebody must look at it before tonight|get here as soon as you can|as quickly as possible please|
+        we are in serious trouble|work has come to a stop|the whole line has stopped|all work here has stopped|
+        our output is zero until then|we have a real emergency here|handle it as an emergency|
+        consider this an emergency|deal with it at once|right now please|this minute if you can|
+        we need your people now|immediate action is needed|it is a matter of hours|we cannot go on like this today|
+        the customer is at the door|it is dangerous as it is|people are sent home because of it|
+        this comes before everything else|every minute counts|hurry up please|quick help is needed|
+        no production without it|everybody is waiting for you""",
         "act now please|very urgent matter",
         """this is very urgent, please hurry|we need help immediately|production has stopped because of this|
         please treat this as an emergency|someone has to come today|we need this right away""",
@@ -140,7 +149,17 @@ URGENCIES = {  # house urgency -> how customers word it; a message that says not
         in two days would be perfect|it should not take longer than a week|before next week|
         we get by for the moment, but not for long|a visit on Friday would suit us|within three working days|
         soon, but it need not be today|by the weekend please|over the next days would help us|
-        we have a spare one for three days|it must be fixed this week""",
+        we have a spare one for three days|it must be fixed this week|it should be sorted by Friday|
+        could you fit us in this week|at some point this week|a few days will not hurt|
+        it holds until the weekend|we will manage for some days|Thursday or Friday would be fine|
+        it has to be finished before the weekend|by the end of the week at the latest|
+        please come within a few days|we can last until next Monday|we would like it done this week|
+        it may take two or three days|before Saturday please|a couple of days is fine|
+        tomorrow or on Thursday if you can|it should happen in the coming week|
+        for the next days we have a replacement|not at once, but in the next days|
+        give us a date this week|five days are all right|by Tuesday if possible|
+        the weekend is our limit|until Monday we can do with the old one|it need not be now, but this week|
+        let us have it by Wednesday evening|we can stand it for three or four days""",
         "by Wednesday would be great|we can bridge some days",
         """please sort it out this week|in the next couple of days please|we can cope until the weekend|
         it ought to be done before Friday|we need it by the end of this week|
@@ -155,7 +174,16 @@ URGENCIES = {  # house urgency -> how customers word it; a message that says not
         there is plenty of time|it is not important|we are in no hurry|some day when it fits|
         it can be done next quarter|put it at the end of your list|it does not bother us much|
         only for your information|nothing urgent|we can live with it for now|no deadline from us|
-        next year would do, too|together with the next inspection""",
+        next year would do, too|together with the next inspection|we can wait for months|
+        no reason to hurry|there is really no rush|it does not matter when|as and when you can|
+        at the next routine service|with the next maintenance please|when your people are here anyway|
+        some time in the next months|it is only a small flaw|we don't mind waiting|next month is early enough|
+        wait for the regular service|it is fine to leave it for now|in your own time please|
+        it has no priority for us|it may stay like this for a while|one day, when you have nothing else to do|
+        it can be left until next month|there is no deadline|it need not be soon|
+        no quick answer needed|just for the record|we only wanted to mention it|
+        let's do it at the annual check|keep it for your next tour|when things are quiet on your side|
+        this has all the time in the world|not in a hurry here""",
         "it is not pressing|at your convenience",
         """there is no hurry at all|this is not urgent for us|whenever you have time|
         it can wait until next month|please do it at the next service|there is no rush on this""",

@@ -1,0 +1,67 @@
+"""The memory of a fit: what one of its batches should take, by a plan, beside what it took."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_lora.device_memory import forget_peak, peak_bytes
+from lightning_lora.planning.memory_plan import MemoryPlan
+from lightning_lora.planning.plan import plan_memory
+from lightning_lora.planning.units import in_gb
+from lightning_lora.tracking import log_memory
+
+log = logging.getLogger(__name__)
+
+
+class MemoryLog:
+    """Plans and measures the first batch that finds an optimizer with its states, up to the end of its step.
+
+    Attributes:
+        plan: Of that batch; None before it, or where none could be made.
+    """
+
+    def __init__(self) -> None:
+        self.plan: MemoryPlan | None = None
+        self._measures_until: int | None = None
+        self._done = False
+
+    def start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        """Before a batch: plan it and begin to measure, if its turn has come."""
+        if self._done or self._measures_until is not None or not any(o.state for o in trainer.optimizers):
+            return
+        self.plan = _plan(trainer, module, batch)
+        self._measures_until = trainer.global_step + 1
+        forget_peak(module.device)
+
+    def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """After a batch: log both peaks, if its step was the one."""
+        if self._measures_until is None or trainer.global_step < self._measures_until:
+            return
+        self._done, self._measures_until = True, None
+        planned, measured = None if self.plan is None else self.plan.peak, peak_bytes(module.device)
+        log_memory(trainer, planned=planned, measured=measured)
+        if planned is not None and measured is not None:
+            log.info("Peak of a batch: planned %s, measured %s", in_gb(planned), in_gb(measured))
+
+
+def _plan(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> MemoryPlan | None:
+    (optimizer,) = trainer.optimizers if len(trainer.optimizers) == 1 else (None,)
+    try:
+        if optimizer is None:
+            raise ValueError(f"{len(trainer.optimizers)} optimizers")
+        with isolate_rng():  # the step may draw numbers of Python or numpy
+            return plan_memory(
+                module,
+                None,
+                batch=batch,
+                optimizer=optimizer,
+                precision=str(trainer.precision),
+                accumulate_grad_batches=trainer.accumulate_grad_batches,
+            )
+    except Exception as error:  # the user's step may fail in any way on a copy without values: the fit goes on
+        log.info("No plan of this fit's memory: %s", error)
+        return None
