@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import record
+from lightning_lora.device_memory import PeakMeter, allocations
 
 MEDIAN_ERROR, WORST_ERROR = 0.05, 0.12  # the most that a plan may be off
 
@@ -64,13 +65,13 @@ def peak_bytes(step: Callable[[], object]) -> int:
     rounding are not seen, and memory freed in ``step`` but taken before it lowers the count: clear gradients
     before measuring a step that would clear them first.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = step()
-        del result
-    current = peak = 0
-    for change in _changes(profiler):
-        current += change
-        peak = max(peak, current)
+    meter = PeakMeter(torch.device("cpu"))
+    meter.start(())
+    result = step()
+    del result
+    peak = meter.stop()
+    if not peak:
+        raise RuntimeError("peak_bytes: the profiler recorded no allocation, this torch build reports none")
     return peak
 
 
@@ -79,15 +80,7 @@ def alive_bytes(build: Callable[[], Any]) -> tuple[Any, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = build()
         gc.collect()
-    return result, sum(_changes(profiler))
-
-
-def _changes(profiler: profile) -> list[int]:
-    """Bytes of every allocation (positive) and release (negative), in the order of time."""
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    if not events:
-        raise RuntimeError("peak_bytes: the profiler recorded no allocation, this torch build reports none")
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return result, sum(allocations(profiler))
 
 
 @dataclass(frozen=True)

@@ -261,6 +261,8 @@ class LoRACallback(pl.Callback):
     def _clean(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._sample.forget()
         self._waiting = None
+        if self._memory is not None:
+            self._memory.abandon()
         forget_random_state(trainer)
         if self.gradient_checkpointing is not None:
             disable_gradient_checkpointing(pl_module)

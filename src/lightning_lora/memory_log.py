@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from lightning_lora.device_memory import forget_peak, peak_bytes
+from lightning_lora.device_memory import PeakMeter
 from lightning_lora.planning.memory_plan import MemoryPlan
 from lightning_lora.planning.plan import plan_memory
 from lightning_lora.planning.units import in_gb
+from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.tracking import log_memory
 
 log = logging.getLogger(__name__)
@@ -26,26 +30,46 @@ class MemoryLog:
 
     def __init__(self) -> None:
         self.plan: MemoryPlan | None = None
-        self._measures_until: int | None = None
+        self._meter: PeakMeter | None = None
+        self._until = 0
         self._done = False
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         """Before a batch: plan it and begin to measure, if its turn has come."""
-        if self._done or self._measures_until is not None or not any(o.state for o in trainer.optimizers):
+        if self._done or not any(optimizer.state for optimizer in trainer.optimizers):
             return
+        self._done, self._until = True, trainer.global_step + 1
         self.plan = _plan(trainer, module, batch)
-        self._measures_until = trainer.global_step + 1
-        forget_peak(module.device)
+        self._meter = PeakMeter(module.device)
+        self._meter.start(_held(trainer, module, batch))
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """After a batch: log both peaks, if its step was the one."""
-        if self._measures_until is None or trainer.global_step < self._measures_until:
+        if self._meter is None or trainer.global_step < self._until:
             return
-        self._done, self._measures_until = True, None
-        planned, measured = None if self.plan is None else self.plan.peak, peak_bytes(module.device)
+        planned, measured = None if self.plan is None else self.plan.peak, self._meter.stop()
+        self._meter = None
         log_memory(trainer, planned=planned, measured=measured)
         if planned is not None and measured is not None:
             log.info("Peak of a batch: planned %s, measured %s", in_gb(planned), in_gb(measured))
+
+    def abandon(self) -> None:
+        """Stop measuring, where the run ends before the step does."""
+        if self._meter is not None:
+            self._meter.stop()
+            self._meter = None
+
+
+def _held(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Iterator[Tensor]:
+    """Tensors that are there before the batch is trained on."""
+    for parameter in module.parameters():
+        yield from (tensor for tensor in (parameter, parameter.grad) if tensor is not None)
+    yield from module.buffers()
+    for child in module.modules():
+        if isinstance(child, QuantizedLayer):
+            yield from child.constants().values()
+    leaves = pytree.tree_leaves([batch, *(dict(optimizer.state) for optimizer in trainer.optimizers)])
+    yield from (leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _plan(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> MemoryPlan | None:
