@@ -23,6 +23,7 @@ GROUPS = (
         "class_swap",
         "device_memory",
         "functional",
+        "fused",
         "lightning_names",
         "patches",
         "report",

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lora.fused import Frozen
+
 
 class Adapter(nn.Module, ABC):
     """A named adapter of one layer. Every parameter of it is an adapter parameter."""
@@ -39,6 +41,21 @@ class Adapter(nn.Module, ABC):
         Returns:
             The update, ``(out_features, in_features)``, in the dtype of ``weight``.
         """
+
+    def adapt_linear(
+        self, input: Tensor, frozen: Frozen, *, passes_on: bool = False
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """A linear layer and this adapter in one operation; None: the layer, and then :meth:`adapt`.
+
+        Args:
+            input: ``(..., in_features)`` in the dtype of the product.
+            frozen: The layer's weight and bias.
+            passes_on: Whether a stand-in for the input is wanted, see :mod:`lightning_lora.fused.siblings`.
+
+        Returns:
+            The output, and the stand-in.
+        """
+        return None
 
     def forward(self, input: Tensor, base_output: Tensor) -> Tensor:
         """See :meth:`adapt`."""

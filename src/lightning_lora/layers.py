@@ -7,8 +7,9 @@ write the layer's weight as a matrix ``(out_features, in_features)``; it never s
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from typing_extensions import override
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.class_swap import SwappedClass, original_class, restore_class, swap_class
+from lightning_lora.fused import Frozen, may_fuse, product_dtype, siblings
 from lightning_lora.quantized_layer import QuantizedLayer
 
 
@@ -30,12 +32,49 @@ class AdaptedLayer(SwappedClass):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(self.active) == 1 and len(args) + len(kwargs) == 1:
+            only = args[0] if args else next(iter(kwargs.values()))
+            fused = self._in_one(only, self.adapter(self.active[0]))
+            if fused is not None:
+                return fused
         output: Tensor = super().forward(*args, **kwargs)
         # Subclasses call their input what they like (Conv1D: x), and callers may pass it by that name.
         input = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         for name in self.active:
             output = self.adapters[name](input, output)
         return output
+
+    def _in_one(self, input: Tensor, adapter: Adapter) -> Tensor | None:
+        if not may_fuse(input, adapter):
+            return None
+        dtype = product_dtype(input)
+        frozen = self.frozen_part(dtype, is_cast=dtype != input.dtype or torch.is_autocast_enabled(input.device.type))
+        if frozen is None:
+            return None
+        if not (torch.is_grad_enabled() and input.requires_grad):
+            found = adapter.adapt_linear(input.to(dtype), frozen)
+            return None if found is None else found[0]
+        stand_in = siblings.take_stand_in(input, dtype)
+        found = adapter.adapt_linear(
+            input.to(dtype) if stand_in is None else stand_in, frozen, passes_on=siblings.is_followed(self)
+        )
+        if found is None:
+            return None
+        siblings.leave(self, input, found[1])
+        return found[0]
+
+    def frozen_part(self, dtype: torch.dtype, *, is_cast: bool) -> Frozen | None:
+        """Weight and bias, if a product with them in ``dtype`` is all that the layer computes without adapters.
+
+        Args:
+            dtype: Of the product.
+            is_cast: Whether the weight may be cast to it, as autocast does; else the layer refuses another dtype.
+        """
+        weight, bias = self.weight_matrix(), cast("Tensor | None", self.bias)
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if trains or self.has_own_forward or not (is_cast or weight.dtype == dtype):
+            return None
+        return Frozen(weight.to(dtype), bias)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -77,8 +116,7 @@ class AdaptedLayer(SwappedClass):
     @property
     def has_own_forward(self) -> bool:
         """Whether the layer's class computes something of its own, which need not be linear in the weight."""
-        definer = next(cls for cls in original_class(self).__mro__ if "forward" in vars(cls))
-        return definer is not nn.Linear and not _is_conv1d(definer) and not issubclass(definer, QuantizedLayer)
+        return _computes_its_own(cast(Hashable, original_class(self)))
 
     def probe(self) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs for a small random input: with live adapters, with a merged weight, and of the base alone.
@@ -132,6 +170,13 @@ class AdaptedQuantized(AdaptedLayer):
     def matrix_shape(self) -> tuple[int, int]:
         return self._layer.out_features, self._layer.in_features
 
+    @override
+    def frozen_part(self, dtype: torch.dtype, *, is_cast: bool) -> Frozen | None:
+        layer, bias = self._layer, cast("Tensor | None", self.bias)
+        if layer.compute_dtype not in (None, dtype) or (bias is not None and bias.requires_grad):
+            return None
+        return Frozen(layer.dequantize, bias)
+
     @property
     @override
     def weight_dtype(self) -> torch.dtype:
@@ -150,6 +195,13 @@ class AdaptedQuantized(AdaptedLayer):
     @property
     def _layer(self) -> QuantizedLayer:
         return cast(QuantizedLayer, self)
+
+
+@functools.cache
+def _computes_its_own(original: Hashable) -> bool:
+    """Whether a class computes something else than a linear layer does."""
+    definer = next(cls for cls in cast("type[nn.Module]", original).__mro__ if "forward" in vars(cls))
+    return definer is not nn.Linear and not _is_conv1d(definer) and not issubclass(definer, QuantizedLayer)
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def test_a_storage_counts_as_the_part_that_it_was_given_last():
         other = torch.empty(KIB)
         live.count(tensor, "third")
         assert live.current["first"] == 0
-        assert live.take_peak() == {"first": 4 * KIB, "second": 4 * KIB}
+        assert live.take_peak() == {"third": 4 * KIB, "second": 4 * KIB}
         del other
     assert live.take_peak() == {"third": 4 * KIB, "second": 4 * KIB}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.class_swap import restore_class, swap_class
-from lightning_lora.layers import AdaptedLayer, AdaptedLinear
+from lightning_lora.layers import AdaptedLayer, AdaptedQuantized
 from lightning_lora.quantization.config import COMPUTE_DTYPES, STORAGE_DTYPES, QuantizationConfig
 from lightning_lora.quantization.product import product
 from lightning_lora.quantized_layer import QuantizedLayer
@@ -127,7 +127,7 @@ def _become_coded(layer: nn.Module, stored: tuple[int, int], compute_dtype: torc
     layer.__class__ = CodedLinear
     layer.__dict__.update(compute_dtype=compute_dtype, stored_bytes=stored, note=_unnoted)
     if adapted:
-        swap_class(layer, AdaptedLinear)
+        swap_class(layer, AdaptedQuantized)
 
 
 def coded_layers(module: nn.Module) -> list[CodedLinear]:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.errors import UnsupportedSetupError
+from lightning_lora.fused.dropout import fixed_seed
 from lightning_lora.gradient_checkpointing.repeated import repeated_blocks
 from lightning_lora.planning.batches import example_of
 from lightning_lora.planning.codes import coded_layers
@@ -77,7 +78,7 @@ def dry_run(
         if isinstance(child, Adapter):
             child.train()
     known = [*twin.parameters(), *twin.buffers()]
-    with warnings.catch_warnings(), without_memory(), LiveBytes(known) as live:
+    with warnings.catch_warnings(), fixed_seed(0), without_memory(), LiveBytes(known) as live:
         warnings.simplefilter("ignore")  # advice for real runs, such as that of self.log without a Trainer
         for leaf in pytree.tree_leaves(batch):
             if isinstance(leaf, Tensor):

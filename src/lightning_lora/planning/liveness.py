@@ -81,6 +81,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._total += size
         self.current[part] += size
         self._live[key] = (reference, part, size)
+        if self._total == self._peak:  # what made the peak has got another name
+            self.at_peak = self.current.copy()
 
     def note_peak(self) -> None:
         """Compare what is alive now with the peak."""

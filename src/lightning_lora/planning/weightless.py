@@ -127,6 +127,8 @@ def _on_meta(item: Any, tensors: list[Tensor]) -> Any:
         return item.meta if isinstance(item, WeightlessTensor) else _to_meta(item)
     if isinstance(item, (tuple, list)):
         return type(item)([_on_meta(part, tensors) for part in item])
+    if isinstance(item, torch.Generator):
+        return None  # of another device; nothing is drawn
     return _META if isinstance(item, torch.device) else item
 
 

@@ -1,0 +1,180 @@
+"""The fused forward and backward of a frozen linear layer with a low-rank update, dense or from codes.
+
+With ``W`` frozen, ``y = x W^T + b + scaling * drop(x) A^T B^T`` (LoRA, arXiv:2106.09685, eq. 3) needs for its backward
+the small ``h = drop(x) A^T``, A and B, and, for the gradient of ``A``, the input, which the layers around it hold
+anyway. No copy of an activation in another dtype is made, no mask is saved, and the update is not a tensor of its own:
+the large product is accumulated onto it, in the precision of the product, and rounded once. So an update that is small
+beside ``x W^T`` is not lost to the rounding of a bf16 output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lora.fused.dropout import Dropout, draw_dropout
+
+Dequantize = Callable[[torch.dtype], Tensor]
+
+
+class Frozen(NamedTuple):
+    """The frozen part.
+
+    Attributes:
+        weight: ``(out_features, in_features)`` in the dtype of the product, or a function that makes it.
+        bias: ``(out_features,)`` or None.
+    """
+
+    weight: Tensor | Dequantize
+    bias: Tensor | None
+
+
+def lora_linear(
+    input: Tensor, frozen: Frozen, lora_A: Tensor, lora_B: Tensor, *, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """``F.linear`` with a frozen weight, and a low-rank update that trains (:func:`lora_linear_and_input`)."""
+    drop = draw_dropout(dropout) if dropout > 0.0 else None
+    output: Tensor
+    output, _ = _LoRALinear.apply(  # type: ignore[no-untyped-call]
+        input, frozen, lora_A, lora_B, scaling, drop, False
+    )
+    return output
+
+
+def lora_linear_and_input(
+    input: Tensor, frozen: Frozen, lora_A: Tensor, lora_B: Tensor, *, scaling: float, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """:func:`lora_linear`, and a stand-in for the input.
+
+    Args:
+        input: ``(..., in_features)``, of floating point; its dtype is that of all products.
+        frozen: Weight and bias.
+        lora_A: ``(rank, in_features)``, at least in fp32.
+        lora_B: ``(out_features, rank)``, at least in fp32.
+        scaling: Factor of the update.
+        dropout: Probability of dropping an element of the input of the update.
+
+    Returns:
+        ``(..., out_features)`` in the input's dtype, and the input itself as a tensor whose gradient, if something
+        gives it one, becomes the input's, with what this layer adds to it.
+    """
+    drop = draw_dropout(dropout) if dropout > 0.0 else None
+    found: tuple[Tensor, Tensor] = _LoRALinear.apply(  # type: ignore[no-untyped-call]
+        input, frozen, lora_A, lora_B, scaling, drop, True
+    )
+    return found
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        frozen: Frozen,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        drop: Dropout | None,
+        passes_on: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype = input.dtype
+        x = input.reshape(-1, input.shape[-1])
+        kept = x if drop is None else drop.keep(x)
+        small_A, small_B = _small(lora_A, lora_B, scaling, drop, dtype)
+        hidden = kept.mm(small_A.t())
+        bias = frozen.bias
+        update = hidden.mm(small_B.t()) if bias is None else torch.addmm(bias.to(dtype), hidden, small_B.t())
+        output = update.addmm_(x, _weight(frozen, dtype).t())
+        weight = frozen.weight if isinstance(frozen.weight, Tensor) else None
+        kept_input = input if lora_A.requires_grad else None
+        ctx.save_for_backward(kept_input, hidden, weight, lora_A, lora_B, small_A, small_B)
+        ctx.frozen = frozen if weight is None else None
+        ctx.settings = scaling, drop, input.shape, dtype
+        ctx.set_materialize_grads(False)
+        return output.view(*input.shape[:-1], output.shape[-1]), input.detach() if passes_on else None
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, passed_on: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return passed_on, None, None, None, None, None, None
+        input, hidden, weight, lora_A, lora_B, small_A, small_B = ctx.saved_tensors
+        scaling, drop, shape, dtype = ctx.settings
+        frozen = ctx.frozen or Frozen(weight, None)
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, grad_output, passed_on, frozen)
+        gradient = grad_output.reshape(-1, grad_output.shape[-1]).to(dtype)
+        inner = gradient.mm(small_B)
+        needs_input, needs_A, needs_B = (ctx.needs_input_grad[index] for index in (0, 2, 3))
+        grad_A = grad_B = grad_input = None
+        if needs_B:
+            factor = scaling if drop is None else scaling * drop.scale
+            grad_B = torch.empty_like(lora_B).copy_(hidden.t().mm(gradient).t()).mul_(factor)
+        if needs_A:
+            x = input.reshape(-1, shape[-1])
+            grad_A = inner.t().mm(x if drop is None else drop.keep(x)).to(lora_A.dtype)
+        if needs_input:
+            grad_input = _gradient_of_input(inner, small_A, drop, passed_on)
+            grad_input = grad_input.addmm_(gradient, _weight(frozen, dtype)).view(shape)
+        return grad_input, None, grad_A, grad_B, None, None, None
+
+
+def _gradient_of_input(inner: Tensor, small_A: Tensor, drop: Dropout | None, passed_on: Tensor | None) -> Tensor:
+    """What the update gives, on top of what layers with the same input gave: that tensor is nobody else's."""
+    if passed_on is None:
+        update = inner.mm(small_A)
+        return update if drop is None else drop.keep_(update)
+    gathered = passed_on.reshape(-1, passed_on.shape[-1])
+    return gathered.addmm_(inner, small_A) if drop is None else gathered.add_(drop.keep_(inner.mm(small_A)))
+
+
+def _weight(frozen: Frozen, dtype: torch.dtype) -> Tensor:
+    return frozen.weight if isinstance(frozen.weight, Tensor) else frozen.weight(dtype)
+
+
+def _small(
+    lora_A: Tensor, lora_B: Tensor, scaling: float, drop: Dropout | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A, and B with all factors folded in, in the dtype of the products."""
+    factor = scaling if drop is None else scaling * drop.scale
+    return lora_A.detach().to(dtype), (lora_B.detach() * factor).to(dtype)
+
+
+def _differentiable_backward(
+    ctx: Any, grad_output: Tensor, passed_on: Tensor | None, frozen: Frozen
+) -> tuple[Tensor | None, ...]:
+    """For ``create_graph=True``: the gradients of the plain composition, as functions of all that they depend on."""
+    input, _, _, lora_A, lora_B, _, _ = ctx.saved_tensors
+    scaling, drop, _, dtype = ctx.settings
+    if input is None:
+        raise RuntimeError("lora_linear keeps no input for a frozen lora_A, and has no second derivative without it.")
+    leaves = [tensor for tensor, needed in zip((input, lora_A, lora_B), _needed(ctx), strict=True) if needed]
+    with torch.enable_grad():
+        output = reference(input, frozen, lora_A, lora_B, scaling=scaling, drop=drop)
+        found = iter(torch.autograd.grad(output, leaves, grad_output.to(dtype), create_graph=True))
+    gradients = [next(found) if needed else None for needed in _needed(ctx)]
+    if passed_on is not None:
+        gradients[0] = passed_on if gradients[0] is None else gradients[0] + passed_on
+    return gradients[0], None, gradients[1], gradients[2], None, None, None
+
+
+def _needed(ctx: Any) -> tuple[bool, bool, bool]:
+    needed = ctx.needs_input_grad
+    return needed[0], needed[2], needed[3]
+
+
+def reference(
+    input: Tensor, frozen: Frozen, lora_A: Tensor, lora_B: Tensor, *, scaling: float, drop: Dropout | None = None
+) -> Tensor:
+    """What :func:`lora_linear` computes, from torch's own operations."""
+    dtype = input.dtype
+    kept = input
+    if drop is not None:
+        mask = drop.keep(torch.ones_like(input)) * drop.scale
+        kept = input * mask
+    update = F.linear(F.linear(kept, lora_A.to(dtype)), (lora_B * scaling).to(dtype))
+    bias = None if frozen.bias is None else frozen.bias.to(dtype)
+    return F.linear(input, _weight(frozen, dtype), bias) + update
