@@ -18,6 +18,8 @@ QUANTIZATIONS: dict[str | None, dict[str, Any]] = {
     "nf4-double": {"quant_type": "nf4", "double_quant": True},
 }
 TARGETS: dict[str, str | list[str]] = {"all-linear": "all-linear", "q+v": ["q_proj", "v_proj"]}
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LAYERS = ("all", "last-half")
 _PEFT_KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.(?P<factor>lora_[AB])\.default\.weight$")
 _OUR_KEY = re.compile(r"^(?P<layer>.+)\.adapters\.default\.(?P<factor>lora_[AB])$")
 
@@ -67,6 +69,9 @@ class Case:
     batch: int = 2
     length: int = 256
     quantization: str | None = None
+    layers: str = "all"
+    gradient_checkpointing: bool = False
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         for field, known in (
@@ -74,6 +79,7 @@ class Case:
             ("precision", PRECISIONS),
             ("targets", TARGETS),
             ("quantization", QUANTIZATIONS),
+            ("layers", LAYERS),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"Case: {field}={getattr(self, field)!r} is unknown, choose of {[*known]}")
@@ -87,6 +93,12 @@ class Case:
     def compute_dtype(self) -> torch.dtype:
         """Of the products with the base weights."""
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
+    @property
+    def adapted_layers(self) -> list[int] | None:
+        """Indices of the blocks that get adapters; None: all."""
+        count = SHAPES[self.shape].layers
+        return None if self.layers == "all" else list(range(count // 2, count))
 
     @property
     def alpha(self) -> float:
@@ -140,9 +152,11 @@ def as_users_have_it(base: nn.Module, case: Case) -> nn.Module:
     return model
 
 
-def frozen_floor(base: nn.Module) -> nn.Module:
+def frozen_floor(base: nn.Module, case: Case) -> nn.Module:
     """The base alone: forward, and gradients down to the embeddings' output. No adapter can be cheaper."""
     model = share(base).requires_grad_(False)
+    if case.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     return model.train()
 
@@ -154,14 +168,19 @@ def with_peft(base: nn.Module, case: Case, *, cast_adapters: bool = True) -> nn.
     """
     from peft import LoraConfig, get_peft_model
 
+    model = share(base)
+    if case.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     config = LoraConfig(
+        layers_to_transform=case.adapted_layers,
         r=case.rank,
         lora_alpha=case.alpha,
         lora_dropout=case.dropout,
-        target_modules=TARGETS[case.targets],
+        # With layers_to_transform it takes names only.
+        target_modules=ALL_LINEAR if case.targets == "all-linear" and case.adapted_layers else TARGETS[case.targets],
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(share(base), config, autocast_adapter_dtype=cast_adapters)
+    model = get_peft_model(model, config, autocast_adapter_dtype=cast_adapters)
     draw_adapters(model)
     return model.train()
 
@@ -169,12 +188,21 @@ def with_peft(base: nn.Module, case: Case, *, cast_adapters: bool = True) -> nn.
 def with_ours(base: nn.Module, case: Case, *, like: nn.Module) -> nn.Module:
     """This package's adapters, holding the values of the PEFT model ``like``."""
     from lightning_lora import LoRAConfig, QuantizationConfig, inject_adapters
+    from lightning_lora.gradient_checkpointing import enable_gradient_checkpointing
 
     model = share(base)
-    config = LoRAConfig(rank=case.rank, alpha=case.alpha, dropout=case.dropout, target_modules=TARGETS[case.targets])
+    config = LoRAConfig(
+        rank=case.rank,
+        alpha=case.alpha,
+        dropout=case.dropout,
+        target_modules=TARGETS[case.targets],
+        layers=case.adapted_layers,
+    )
     form = QUANTIZATIONS[case.quantization]
     inject_adapters(model, config, quantization=QuantizationConfig(**form) if form else None)
     copy_adapters(like, model)
+    if case.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
     return model.train()
 
 

@@ -31,7 +31,10 @@ def build_variants(case: models.Case) -> dict[str, nn.Module]:
     if case.precision == "bf16":  # over an fp32 base PEFT has this one mode only
         variants["peft-best"] = models.with_peft(base, case, cast_adapters=False)
     variants["ours"] = models.with_ours(dense, case, like=peft)
-    variants["frozen"] = models.frozen_floor(base)
+    variants["frozen"] = models.frozen_floor(base, case)
+    if case.compiled:
+        for model in variants.values():
+            model.compile()
     return variants
 
 
@@ -73,6 +76,9 @@ def cases(arguments: argparse.Namespace) -> Iterable[models.Case]:
             batch=arguments.batch,
             length=arguments.length,
             quantization=arguments.quantization,
+            layers=arguments.layers,
+            gradient_checkpointing=arguments.gradient_checkpointing,
+            compiled=arguments.compile,
         )
 
 
@@ -109,6 +115,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", default=list(models.TARGETS), choices=list(models.TARGETS))
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.05])
     parser.add_argument("--quantization", choices=[name for name in models.QUANTIZATIONS if name])
+    parser.add_argument("--layers", default="all", choices=models.LAYERS)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute every block in backward")
+    parser.add_argument("--compile", action="store_true", help="compile every variant")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
@@ -136,6 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = "forward + backward + clip + AdamW" if options.optimizer else "forward + backward"
     sizes = f"{options.shape}, {options.batch}x{options.length} tokens, rank {options.rank}"
     sizes += f", {options.quantization} base" if options.quantization else ""
+    sizes += f", {options.layers} of the layers" if options.layers != "all" else ""
+    sizes += ", recomputed" if options.gradient_checkpointing else ""
+    sizes += ", compiled" if options.compile else ""
     Console(width=170).print(table(rows, title=f"{what}, {sizes}, {clock} time"))
     return 0 if all(row["self_test"]["passed"] for row in rows) else 1
 

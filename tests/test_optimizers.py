@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora import AdapterMismatchError, CheckpointError, LoRAConfig, UnsupportedSetupError, inject_adapters
-from lightning_lora.optimizers import prune_frozen, require_matching_state, require_trainable
+from lightning_lora.optimizers import fuse_adamw, prune_frozen, require_matching_state, require_trainable
 
 KINDS = [
     torch.optim.AdamW,
@@ -140,3 +140,47 @@ def test_the_state_of_others_is_refused_with_both_sides(net: nn.Module, other: A
 def test_a_checkpoint_without_optimizer_state_is_refused(net: nn.Module) -> None:
     with pytest.raises(CheckpointError, match=r"holds only weights .*load_from_checkpoint and fit without ckpt_path"):
         require_matching_state([torch.optim.AdamW(net.parameters())], {"state_dict": {}})
+
+
+def stepped(
+    kind: type[Optimizer], *, fuse: bool, steps: int = 5, **options: Any
+) -> tuple[Optimizer, list[nn.Parameter]]:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(3, 5, generator=generator)) for _ in range(4)]
+    optimizer = kind(parameters, lr=0.05, weight_decay=0.1, **options)
+    for step in range(steps):
+        if fuse and step == 2:  # in the midst of a run, as after a resume
+            fuse_adamw([optimizer])
+        for parameter in parameters:
+            parameter.grad = torch.randn(3, 5, generator=generator)
+        optimizer.step()
+    return optimizer, parameters
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_one_kernel_updates_as_the_loop_over_tensors_does(kind: type[Optimizer]) -> None:
+    loop, expected = stepped(kind, fuse=False)
+    fused, found = stepped(kind, fuse=True)
+    assert not loop.param_groups[0]["fused"]
+    assert fused.param_groups[0]["fused"]
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"foreach": False}, {"fused": False}, {"capturable": True}, {"lr": torch.tensor(0.05)}], ids=str
+)
+def test_how_the_user_chose_to_update_stays(options: dict[str, Any]) -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], **options)
+    before = dict(optimizer.param_groups[0])
+    fuse_adamw([optimizer])
+    assert optimizer.param_groups[0] == before
+
+
+def test_optimizers_of_other_classes_are_left_alone() -> None:
+    class Own(torch.optim.AdamW):
+        pass
+
+    for optimizer in (Own([nn.Parameter(torch.ones(2))]), torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)):
+        fuse_adamw([optimizer])
+        assert not optimizer.param_groups[0].get("fused")

@@ -40,7 +40,7 @@ from lightning_lora.merge_bases import original_weights
 from lightning_lora.merge_config import MergeConfig
 from lightning_lora.merge_report import MergeReport
 from lightning_lora.optimizer_swap import OptimizerConfig, as_optimizer_config, swap_optimizers
-from lightning_lora.optimizers import prune_frozen, require_matching_state, require_trainable
+from lightning_lora.optimizers import fuse_adamw, prune_frozen, require_matching_state, require_trainable
 from lightning_lora.planning import MemoryPlan
 from lightning_lora.quantization.config import QuantizationConfig, as_quantization_config
 from lightning_lora.random_state import forget_random_state, reach_epoch_start, resume_random_state
@@ -148,6 +148,7 @@ class LoRACallback(pl.Callback):
             prune_frozen(optimizers)
             if self.optimizer is not None:
                 swap_optimizers(trainer, self.optimizer)
+            fuse_adamw(optimizers)
             require_trainable(pl_module, optimizers)
             warn_of_idle(optimizers)
             restored = getattr(trainer._checkpoint_connector, "_loaded_checkpoint", {})

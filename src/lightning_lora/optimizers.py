@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
 
 from lightning_lora.checkpoint_file import MANIFEST
 from lightning_lora.errors import AdapterMismatchError, CheckpointError, UnsupportedSetupError
@@ -34,6 +35,35 @@ def prune_frozen(optimizers: Sequence[Optimizer]) -> int:
                     # In place: LBFGS and some schedulers hold on to the list itself.
                     group[key][:] = [item for item, kept in zip(group[key], keep, strict=True) if kept]
     return pruned
+
+
+def fuse_adamw(optimizers: Sequence[Optimizer]) -> None:
+    """Let torch's Adam and AdamW update all tensors in one kernel, unless the user chose how.
+
+    Adapters are hundreds of small tensors, and the default loop over them takes three times as long. It is the same
+    algorithm, and takes no copy of the parameters, as the multi-tensor form does.
+    """
+    for optimizer in optimizers:
+        if type(optimizer) not in (Adam, AdamW):
+            continue
+        for group in optimizer.param_groups:
+            chosen = group.get("fused") is not None or group.get("foreach") is not None
+            special = group.get("capturable") or group.get("differentiable") or isinstance(group["lr"], Tensor)
+            if not chosen and not special and all(map(_has_fused_kernel, group["params"])):
+                group["fused"] = True
+                for parameter in group["params"]:
+                    _keep_step_beside(parameter, optimizer.state.get(parameter, {}))
+
+
+def _has_fused_kernel(parameter: Tensor) -> bool:
+    return (
+        type(parameter) is nn.Parameter and parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
+    )
+
+
+def _keep_step_beside(parameter: Tensor, state: dict[str, Any]) -> None:
+    if isinstance(state.get("step"), Tensor):  # of a resume; the fused kernel reads it where the parameter is
+        state["step"] = state["step"].to(device=parameter.device, dtype=torch.float32)
 
 
 def require_trainable(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:

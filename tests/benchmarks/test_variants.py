@@ -10,7 +10,10 @@ from benchmarks import checkpoint, models, step, training
 
 pytest.importorskip("peft", reason="the benchmarks compare with peft")
 # PEFT asks transformers by the old name of a property.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,7 @@ def test_all_variants_use_the_very_same_base_tensors_and_leave_them_as_they_were
     base = models.build_base(case)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     peft = models.with_peft(base, case)
-    variants = [peft, models.with_ours(base, case, like=peft), models.frozen_floor(base)]
+    variants = [peft, models.with_ours(base, case, like=peft), models.frozen_floor(base, case)]
     addresses = {parameter.data_ptr() for parameter in base.parameters()}
     for model in variants:
         training.build_step(model, case, optimizer=True)()
@@ -47,7 +50,7 @@ def test_all_variants_use_the_very_same_base_tensors_and_leave_them_as_they_were
 
 
 def test_the_frozen_floor_trains_nothing_and_its_gradient_reaches_the_embeddings():
-    model = models.frozen_floor(models.build_base(tiny()))
+    model = models.frozen_floor(models.build_base(tiny()), tiny())
     reached = []
     model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.register_hook(reached.append) and None
@@ -64,6 +67,15 @@ def test_ours_and_peft_adapt_the_same_layers_and_compute_the_same(targets):
     found = training.agreement(steps["ours"], steps["peft"], precision="fp32")
     assert max(found.values()) < 1e-6
     assert models.our_adapters(variants["ours"]).keys() == models.peft_adapters(variants["peft"]).keys()
+
+
+@pytest.mark.parametrize("changes", [{"layers": "last-half"}, {"gradient_checkpointing": True}], ids=str)
+def test_ours_and_peft_compute_the_same_in_every_setting(changes):
+    case = tiny(**changes)
+    steps = {name: training.build_step(m, case, optimizer=False) for name, m in step.build_variants(case).items()}
+    assert max(training.agreement(steps["ours"], steps["peft"], precision="fp32").values()) < 1e-6
+    adapted = {layer for layer, _ in models.our_adapters(steps["ours"].model)}
+    assert any(".layers.0." in layer for layer in adapted) == (case.layers == "all")
 
 
 def test_the_twin_of_the_self_test_is_another_model_with_the_same_values():
