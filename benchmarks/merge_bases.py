@@ -11,11 +11,13 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -34,6 +36,12 @@ def write_original(folder: Path, pretrained: str) -> Path:
     shared = {key for key, value in model.state_dict().items() if key == "lm_head.weight"}
     save_file({key: value for key, value in model.state_dict().items() if key not in shared}, path)
     return path
+
+
+def instruction() -> str:
+    """The one that the demo trains with."""
+    folder = resources.files("lightning_lora.conf") / "data" / "company_messages.yaml"
+    return str(OmegaConf.load(str(folder)).instruction)
 
 
 def scores(module: SFTModule, data: CompanyMessages) -> dict[str, float]:
@@ -60,7 +68,7 @@ def measure(checkpoint: Path, *, test_size: int) -> list[dict[str, Any]]:
     """One row for the live adapters and one for each base."""
     module = load_from_checkpoint(SFTModule, checkpoint)
     pretrained = module.hparams["pretrained"]
-    data = CompanyMessages(pretrained=pretrained, test_size=test_size, eval_batch_size=100)
+    data = CompanyMessages(pretrained=pretrained, instruction=instruction(), test_size=test_size, eval_batch_size=100)
     rows: list[dict[str, Any]] = [{"base": "live", "scores": scores(module, data)}]
     live = [sample["answer"] for sample in module.samples]
     with tempfile.TemporaryDirectory() as folder:

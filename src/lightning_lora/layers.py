@@ -55,13 +55,13 @@ class AdaptedLayer(SwappedClass):
             found = adapter.adapt_linear(input.to(dtype), frozen)
             return None if found is None else found[0]
         stand_in = siblings.take_stand_in(input, dtype)
-        found = adapter.adapt_linear(
-            input.to(dtype) if stand_in is None else stand_in, frozen, passes_on=siblings.is_followed(self)
-        )
+        found = adapter.adapt_linear(input.to(dtype) if stand_in is None else stand_in, frozen, passes_on=True)
         if found is None:
             return None
-        siblings.leave(self, input, found[1])
-        return found[0]
+        output, passed_on = found
+        if passed_on is not None:
+            siblings.leave_stand_in(input, passed_on, output)
+        return output
 
     def frozen_part(self, dtype: torch.dtype, *, is_cast: bool) -> Frozen | None:
         """Weight and bias, if a product with them in ``dtype`` is all that the layer computes without adapters.

@@ -86,9 +86,6 @@ def dry_run(
         try:
             # oneDNN's LSTM hands autograd a workspace that has no size on the meta device; a GPU runs another one.
             with torch.backends.mkldnn.flags(enabled=False):
-                if precision.autocast is not None:
-                    _run_in(twin, batch, step, precision)
-                    live.take_peak()
                 return _Run(twin, live, precision)(batch, step, accumulate=accumulate, backward=backward)
         except Exception as error:  # the user's code may fail in any way where there are no values and no Trainer
             what = str(error) if isinstance(error, UnsupportedSetupError) else f"{type(error).__name__}: {error}"
@@ -96,15 +93,6 @@ def dry_run(
                 f"plan_memory can't run a step of {type(twin).__name__} without values: {what}. Pass step=, a step "
                 "that computes the loss alone, or a module without the part that looks at values."
             ) from error
-
-
-def _run_in(twin: nn.Module, batch: Any, step: Step, precision: Precision) -> None:
-    """A first forward pass, from which layers know that they share an input: from then on it is cast once for all."""
-    modes = {child: child.training for child in twin.modules()}
-    with precision.forward():
-        step(twin, batch)
-    for child, training in modes.items():
-        child.training = training
 
 
 class _Run:
