@@ -23,7 +23,7 @@ from lightning_lora.errors import LightningLoRAError, MergeError
 from lightning_lora.fresh import is_pretrained_model
 from lightning_lora.merge import merged_weights, plain_weights, unused_folder
 from lightning_lora.merge_config import MergeConfig
-from lightning_lora.merge_report import MergeReport
+from lightning_lora.merge_report import MergeReport, Norms
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.targets.patterns import canonical
 
@@ -119,7 +119,9 @@ def merged_state_dict(module: nn.Module, config: MergeConfig) -> dict[str, Tenso
     dtype = config.torch_dtype
     dropped = adapter_keys(module)
     names = {id(child): name for name, child in module.named_modules()}
-    merged = {names[id(item.layer)]: item.layer.as_weight(item.dense) for item in merged_weights(module, config)}
+    merged = {
+        names[id(item.layer)]: item.layer.as_weight(item.dense) for item in merged_weights(module, config, Norms())
+    }
     merged |= {name: dense for name, _, dense in plain_weights(module, config)}
     aliases = {
         f"{alias}.weight".lstrip("."): merged[names[id(child)]]

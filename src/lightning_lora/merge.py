@@ -53,7 +53,7 @@ def merged_weights(module: nn.Module, config: MergeConfig, norms: Norms | None =
     """Layer by layer, the merged weight in ``config.dtype`` or the base's own.
 
     Raises:
-        MergeError: If a merged weight is not finite, or original weights can't be read.
+        MergeError: If original weights can't be read or, where ``norms`` are taken, a merged weight is not finite.
     """
     base_of = _base_reader(module, config)
     for name, layer in list(adapted_layers(module)):
@@ -64,14 +64,13 @@ def merged_weights(module: nn.Module, config: MergeConfig, norms: Norms | None =
             codes = layer.codes_of(merged)
             merged = KeptWeight(codes, _format_of(layer)).matrix_for(layer)
         stored = merged.to(config.torch_dtype or layer.weight_dtype)
-        if not torch.isfinite(stored).all():
-            raise MergeError(
-                f"The merged weight of {name!r} is not finite: its adapter diverged, or overflows {stored.dtype}. "
-                "Merge an earlier checkpoint, or in a wider dtype."
-            )
         if norms is not None:
             shift = base - live_weight(name, layer).to(update.dtype) if config.base == "original" else None
-            norms.add(name, base=base, update=update, stored=stored, shift=shift)
+            if not norms.add(name, base=base, update=update, stored=stored, shift=shift):
+                raise MergeError(
+                    f"The merged weight of {name!r} is not finite: its adapter diverged, or overflows {stored.dtype}. "
+                    "Merge an earlier checkpoint, or in a wider dtype."
+                )
         yield MergedWeight(name, layer, stored, codes)
 
 

@@ -122,8 +122,12 @@ class Norms:
     update: float = 0.0
     layers: list[MergedLayer] = field(default_factory=list)
 
-    def add(self, name: str, *, base: Tensor, update: Tensor, stored: Tensor, shift: Tensor | None = None) -> None:
-        """Count the merged weight ``stored`` of a layer in; ``shift`` is how far ``base`` is from the live one."""
+    def add(self, name: str, *, base: Tensor, update: Tensor, stored: Tensor, shift: Tensor | None = None) -> bool:
+        """Count the merged weight ``stored`` of a layer in; ``shift`` is how far ``base`` is from the live one.
+
+        Returns:
+            Whether all of it is finite, which costs nothing here and a pass over every weight elsewhere.
+        """
         # The difference of two close floating-point numbers is exact (Sterbenz), so fp32 shows the rounding of fp32.
         error = torch.linalg.vector_norm((stored.to(update.dtype) - base).sub_(update)).item()
         size = torch.linalg.vector_norm(update).item()
@@ -134,6 +138,7 @@ class Norms:
         self.layers.append(
             MergedLayer(name, size, weight, error / size if size else 0.0, moved / size if size else 0.0)
         )
+        return math.isfinite(error + size + weight)
 
     @property
     def relative_error(self) -> float:
