@@ -15,7 +15,7 @@ from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import MergeError, TargetNotFoundError, UnsupportedSetupError
 from lightning_lora.fresh import newly_initialized
 from lightning_lora.frozen import keep_base_as_is, release_base
-from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters
+from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters, note_siblings
 from lightning_lora.originals import named_state, note_values, restore_values
 from lightning_lora.patches import unpatch
 from lightning_lora.quantization.config import QuantizationConfig
@@ -334,6 +334,7 @@ def _attach(module: nn.Module, selection: Selection, config: AdapterConfig, name
     if is_new:
         for layer in before:
             layer.active = layer.active if name in layer.adapters else ()
+    note_siblings(module)
     return acts
 
 

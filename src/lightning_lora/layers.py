@@ -23,12 +23,19 @@ from lightning_lora.quantized_layer import QuantizedLayer
 
 
 class AdaptedLayer(SwappedClass):
-    """Mixin of a frozen layer with named adapters; ``active`` says which of them act, in order."""
+    """Mixin of a frozen layer with named adapters.
+
+    Attributes:
+        adapters: By name.
+        active: Names of those that act, in order.
+        is_followed: Whether a later layer of the same parent may get the same input, see :func:`note_siblings`.
+    """
 
     class_prefix = "Adapted"
     weight: Tensor
     adapters: nn.ModuleDict
     active: tuple[str, ...]
+    is_followed: bool = False
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -55,12 +62,13 @@ class AdaptedLayer(SwappedClass):
             found = adapter.adapt_linear(input.to(dtype), frozen)
             return None if found is None else found[0]
         stand_in = siblings.take_stand_in(input, dtype)
-        found = adapter.adapt_linear(input.to(dtype) if stand_in is None else stand_in, frozen, passes_on=True)
+        given = input.to(dtype) if stand_in is None else stand_in
+        found = adapter.adapt_linear(given, frozen, passes_on=self.is_followed)
         if found is None:
             return None
         output, passed_on = found
         if passed_on is not None:
-            siblings.leave_stand_in(input, passed_on, output)
+            siblings.leave_stand_in(input, passed_on)
         return output
 
     def frozen_part(self, dtype: torch.dtype, *, is_cast: bool) -> Frozen | None:
@@ -260,8 +268,20 @@ def detach_adapters(layer: AdaptedLayer) -> nn.ModuleDict:
     adapters = layer.adapters
     del layer.adapters
     del layer.active
+    layer.__dict__.pop("is_followed", None)
     restore_class(layer)
     return adapters
+
+
+def note_siblings(module: nn.Module) -> None:
+    """Note on every adapted layer whether one of the same width comes after it in its parent, as k does after q."""
+    for parent in module.modules():
+        widths: set[int] = set()
+        for child in reversed(list(parent.children())):
+            if isinstance(child, AdaptedLayer):
+                width = child.matrix_shape[1]
+                child.is_followed = width in widths
+                widths.add(width)
 
 
 def adapted_layers(module: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

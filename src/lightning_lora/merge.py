@@ -21,7 +21,7 @@ from lightning_lora.errors import MergeError
 from lightning_lora.frozen import keep_base_as_is
 from lightning_lora.injection import thaw
 from lightning_lora.kept_weights import KeptWeight, put_back, replace_codes, replace_weight, snapshot
-from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters
+from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters, note_siblings
 from lightning_lora.merge_bases import Layer, live_weight, original_weights
 from lightning_lora.merge_changes import base_sums, changed_since_merge, weight_of
 from lightning_lora.merge_config import MergeConfig
@@ -249,6 +249,7 @@ def _unfold(module: nn.Module, record: Record, merged: MergedState) -> None:
         layer = attach_adapter(layers[canonical(name)], next(iter(merged.adapters[name])))
         layer.adapters = merged.adapters[name].to(layer.weight.device).train(layer.training)
         layer.active = merged.active[name]
+    note_siblings(module)
     if merged.redeclare is not None:
         merged.redeclare()
         merged.redeclare = None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import LoRAConfig, inject_adapters
+from lightning_lora import LoRAConfig, inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
 from lightning_lora.fused import siblings
 
 WIDTH = 16
@@ -162,7 +162,7 @@ def test_nothing_of_a_forward_pass_without_a_backward_stays():
     try:
         del hidden, output
         assert [reference() for reference in alive] == [None, None]
-        assert len(siblings._of_output) == 0
+        assert not siblings.is_left()
     finally:
         gc.enable()
 
@@ -182,3 +182,18 @@ def test_second_derivatives_pass_through_siblings():
     module = net(depth=1)
     x = batch()[:1, :2].clone().requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: module(x), (x,))
+
+
+def test_siblings_are_known_again_after_a_merge_and_its_undoing():
+    module = net()
+    merge_adapters(module)
+    assert not any("is_followed" in vars(child) for child in module.modules())
+    unmerge_adapters(module)
+    assert stand_ins(module, batch()) == 2 * 2
+
+
+def test_only_layers_with_a_sibling_after_them_leave_something():
+    module = net(depth=1)
+    assert {name for name, child in module[0].named_children() if child.is_followed} == {"q", "k", "v"}
+    remove_adapters(module)
+    assert not any("is_followed" in vars(child) for child in module.modules())
