@@ -53,6 +53,8 @@ class Shape:
 SHAPES = {
     "llama-8x512": Shape(512, 8, 1376, 8, 8, 4096),
     "smollm2-135m": Shape(576, 30, 1536, 9, 3, 49152),
+    "llama-7b": Shape(4096, 32, 11008, 32, 32, 32000),
+    "llama-7b-4-layers": Shape(4096, 4, 11008, 32, 32, 32000),
     "tiny": Shape(32, 2, 64, 4, 2, 64),
 }
 
@@ -147,7 +149,7 @@ def as_users_have_it(base: nn.Module, case: Case) -> nn.Module:
         quantized.weight.data = layer.weight.data
         # Else the comparison of gradients, in eval mode, would make it repack its weight, and then compute in bf16.
         quantized.support_avx512bf16_for_cpu = False
-        model.set_submodule(name, quantized.to("cpu"))
+        model.set_submodule(name, quantized.to(layer.weight.device))
     model.is_loaded_in_4bit = True  # what PEFT asks
     return model
 
@@ -185,8 +187,8 @@ def with_peft(base: nn.Module, case: Case, *, cast_adapters: bool = True) -> nn.
     return model.train()
 
 
-def with_ours(base: nn.Module, case: Case, *, like: nn.Module) -> nn.Module:
-    """This package's adapters, holding the values of the PEFT model ``like``."""
+def with_ours(base: nn.Module, case: Case, *, like: nn.Module | None) -> nn.Module:
+    """This package's adapters, holding the values of the PEFT model ``like`` if there is one."""
     from lightning_lora import LoRAConfig, QuantizationConfig, inject_adapters
     from lightning_lora.gradient_checkpointing import enable_gradient_checkpointing
 
@@ -200,7 +202,8 @@ def with_ours(base: nn.Module, case: Case, *, like: nn.Module) -> nn.Module:
     )
     form = QUANTIZATIONS[case.quantization]
     inject_adapters(model, config, quantization=QuantizationConfig(**form) if form else None)
-    copy_adapters(like, model)
+    if like is not None:
+        copy_adapters(like, model)
     if case.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model.train()
