@@ -59,6 +59,7 @@ class AdaptedLayer(SwappedClass):
         if frozen is None:
             return None
         if not (torch.is_grad_enabled() and input.requires_grad):
+            siblings.forget_stand_in()
             found = adapter.adapt_linear(input.to(dtype), frozen)
             return None if found is None else found[0]
         stand_in = siblings.take_stand_in(input, dtype)
@@ -78,11 +79,15 @@ class AdaptedLayer(SwappedClass):
             dtype: Of the product.
             is_cast: Whether the weight may be cast to it, as autocast does; else the layer refuses another dtype.
         """
-        weight, bias = self.weight_matrix(), cast("Tensor | None", self.bias)
+        weight, bias = self.weight, cast("Tensor | None", self.bias)
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if trains or self.has_own_forward or not (is_cast or weight.dtype == dtype):
+        if trains or _computes_its_own(cast(Hashable, original_class(self))):
             return None
-        return Frozen(weight.to(dtype), bias)
+        if weight.dtype != dtype:
+            if not is_cast:
+                return None
+            weight = weight.to(dtype)
+        return Frozen(self.as_matrix(weight), bias)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -82,20 +82,22 @@ class _LoRALinear(torch.autograd.Function):
         passes_on: bool,
     ) -> tuple[Tensor, Tensor | None]:
         dtype = input.dtype
-        x = input.reshape(-1, input.shape[-1])
+        x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
         kept = x if drop is None else drop.keep(x)
-        small_A, small_B = _small(lora_A, lora_B, scaling, drop, dtype)
-        hidden = kept.mm(small_A.t())
-        bias = frozen.bias
-        update = hidden.mm(small_B.t()) if bias is None else torch.addmm(bias.to(dtype), hidden, small_B.t())
-        output = update.addmm_(x, _weight(frozen, dtype).t())
+        # Factors go into the small B: an activation is never scaled.
+        small_A, small_B = lora_A.to(dtype), (lora_B * _factor(scaling, drop)).to(dtype)
+        hidden = F.linear(kept, small_A)
+        bias = None if frozen.bias is None else frozen.bias.to(dtype)
+        output = F.linear(hidden, small_B, bias).addmm_(x, _weight(frozen, dtype).t())
         weight = frozen.weight if isinstance(frozen.weight, Tensor) else None
         kept_input = input if lora_A.requires_grad else None
         ctx.save_for_backward(kept_input, hidden, weight, lora_A, lora_B, small_A, small_B)
         ctx.frozen = frozen if weight is None else None
         ctx.settings = scaling, drop, input.shape, dtype
         ctx.set_materialize_grads(False)
-        return output.view(*input.shape[:-1], output.shape[-1]), input.detach() if passes_on else None
+        if x is not input:
+            output = output.view(*input.shape[:-1], output.shape[-1])
+        return output, input.detach() if passes_on else None
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, passed_on: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -106,15 +108,16 @@ class _LoRALinear(torch.autograd.Function):
         frozen = ctx.frozen or Frozen(weight, None)
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, grad_output, passed_on, frozen)
-        gradient = grad_output.reshape(-1, grad_output.shape[-1]).to(dtype)
+        gradient = grad_output if len(shape) == 2 else grad_output.reshape(-1, grad_output.shape[-1])
+        gradient = gradient.to(dtype)
         inner = gradient.mm(small_B)
-        needs_input, needs_A, needs_B = (ctx.needs_input_grad[index] for index in (0, 2, 3))
+        needs_input, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         grad_A = grad_B = grad_input = None
         if needs_B:
-            factor = scaling if drop is None else scaling * drop.scale
-            grad_B = torch.empty_like(lora_B).copy_(hidden.t().mm(gradient).t()).mul_(factor)
+            # The smaller dimension first is the faster order; the copy transposes and widens at once.
+            grad_B = torch.empty_like(lora_B).copy_(hidden.t().mm(gradient).t()).mul_(_factor(scaling, drop))
         if needs_A:
-            x = input.reshape(-1, shape[-1])
+            x = input if len(shape) == 2 else input.reshape(-1, shape[-1])
             grad_A = inner.t().mm(x if drop is None else drop.keep(x)).to(lora_A.dtype)
         if needs_input:
             grad_input = _gradient_of_input(inner, small_A, drop, passed_on)
@@ -135,12 +138,8 @@ def _weight(frozen: Frozen, dtype: torch.dtype) -> Tensor:
     return frozen.weight if isinstance(frozen.weight, Tensor) else frozen.weight(dtype)
 
 
-def _small(
-    lora_A: Tensor, lora_B: Tensor, scaling: float, drop: Dropout | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """A, and B with all factors folded in, in the dtype of the products."""
-    factor = scaling if drop is None else scaling * drop.scale
-    return lora_A.detach().to(dtype), (lora_B.detach() * factor).to(dtype)
+def _factor(scaling: float, drop: Dropout | None) -> float:
+    return scaling if drop is None else scaling * drop.scale
 
 
 def _differentiable_backward(

@@ -43,6 +43,11 @@ def leave_stand_in(input: Tensor, stand_in: Tensor) -> None:
     _left.value = _Left(weakref.ref(input), input._version, stand_in)
 
 
+def forget_stand_in() -> None:
+    """Throw away what is left."""
+    _left.value = None
+
+
 def is_left() -> bool:
     """Whether a stand-in waits for the next layer."""
     return getattr(_left, "value", None) is not None
