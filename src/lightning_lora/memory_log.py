@@ -76,7 +76,7 @@ def _plan(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Memory
     (optimizer,) = trainer.optimizers if len(trainer.optimizers) == 1 else (None,)
     try:
         if optimizer is None:
-            raise ValueError(f"{len(trainer.optimizers)} optimizers")
+            raise ValueError(f"a plan is of one optimizer, and there are {len(trainer.optimizers)}.")
         with isolate_rng():  # the step may draw numbers of Python or numpy
             return plan_memory(
                 module,

@@ -120,17 +120,20 @@ class _LoRALinear(torch.autograd.Function):
             x = input if len(shape) == 2 else input.reshape(-1, shape[-1])
             grad_A = inner.t().mm(x if drop is None else drop.keep(x)).to(lora_A.dtype)
         if needs_input:
-            grad_input = _gradient_of_input(inner, small_A, drop, passed_on)
-            grad_input = grad_input.addmm_(gradient, _weight(frozen, dtype)).view(shape)
+            gathered = _gradient_of_input(gradient, _weight(frozen, dtype), inner, small_A, drop, passed_on)
+            grad_input = gathered.view(shape)
         return grad_input, None, grad_A, grad_B, None, None, None
 
 
-def _gradient_of_input(inner: Tensor, small_A: Tensor, drop: Dropout | None, passed_on: Tensor | None) -> Tensor:
-    """What the update gives, on top of what layers with the same input gave: that tensor is nobody else's."""
+def _gradient_of_input(
+    gradient: Tensor, weight: Tensor, inner: Tensor, small_A: Tensor, drop: Dropout | None, passed_on: Tensor | None
+) -> Tensor:
+    """What base and update give, on top of what layers with the same input gave: that tensor is nobody else's."""
+    # Accumulating onto a tensor makes the large product slower than the small one.
     if passed_on is None:
-        update = inner.mm(small_A)
-        return update if drop is None else drop.keep_(update)
-    gathered = passed_on.reshape(-1, passed_on.shape[-1])
+        gathered = gradient.mm(weight)
+    else:
+        gathered = passed_on.reshape(-1, passed_on.shape[-1]).addmm_(gradient, weight)
     return gathered.addmm_(inner, small_A) if drop is None else gathered.add_(drop.keep_(inner.mm(small_A)))
 
 
