@@ -181,3 +181,10 @@ def test_inference_takes_the_same_path_and_gives_the_same():
 def test_inputs_that_are_no_floating_point_numbers_are_refused_by_torch():
     with pytest.raises(RuntimeError):
         adapted()(torch.ones(2, IN, dtype=torch.int64))
+
+
+def test_a_layer_without_values_has_the_shape_of_its_output():
+    net = adapted(dropout=0.5).to("meta")
+    output = net(torch.empty(3, IN, device="meta", requires_grad=True))
+    assert output.shape == (3, OUT)
+    assert not is_fused(output)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+_DEVICES = ("cpu", "cuda")  # whose generators take a seed for a mask of whole 64-bit numbers
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -17,6 +18,7 @@ def may_fuse(input: object, adapter: nn.Module) -> bool:
     """
     return (
         isinstance(input, Tensor)
+        and input.device.type in _DEVICES
         and input.is_floating_point()
         and input.layout == torch.strided
         and not input.is_nested
