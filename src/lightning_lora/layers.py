@@ -55,7 +55,7 @@ class AdaptedLayer(SwappedClass):
         if not may_fuse(input, adapter):
             return None
         dtype = product_dtype(input)
-        frozen = self.frozen_part(dtype, is_cast=dtype != input.dtype or torch.is_autocast_enabled(input.device.type))
+        frozen = self.frozen_part(dtype, is_cast=torch.is_autocast_enabled(input.device.type))
         if frozen is None:
             return None
         if not (torch.is_grad_enabled() and input.requires_grad):

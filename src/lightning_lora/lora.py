@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_lora.adapter import Adapter
 from lightning_lora.config import AdapterConfig
 from lightning_lora.functional import low_rank_update, low_rank_weight
-from lightning_lora.fused import Frozen, lora_linear, lora_linear_and_input
+from lightning_lora.fused import Frozen, lora_linear_and_input
 from lightning_lora.layers import AdaptedLayer
 
 INITS = ("kaiming", "gaussian")
@@ -147,10 +147,15 @@ class LoRAAdapter(Adapter):
     def adapt_linear(
         self, input: Tensor, frozen: Frozen, *, passes_on: bool = False
     ) -> tuple[Tensor, Tensor | None] | None:
-        how = {"scaling": self.scaling, "dropout": self.dropout if self.training else 0.0}
-        if passes_on:
-            return lora_linear_and_input(input, frozen, self.lora_A, self.lora_B, **how)
-        return lora_linear(input, frozen, self.lora_A, self.lora_B, **how), None
+        return lora_linear_and_input(
+            input,
+            frozen,
+            self.lora_A,
+            self.lora_B,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+            passes_on=passes_on,
+        )
 
     @override
     def weight_update(self, weight: Tensor) -> Tensor:

@@ -37,17 +37,19 @@ def lora_linear(
     input: Tensor, frozen: Frozen, lora_A: Tensor, lora_B: Tensor, *, scaling: float, dropout: float = 0.0
 ) -> Tensor:
     """``F.linear`` with a frozen weight, and a low-rank update that trains (:func:`lora_linear_and_input`)."""
-    drop = draw_dropout(dropout) if dropout > 0.0 else None
-    output: Tensor
-    output, _ = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-        input, frozen, lora_A, lora_B, scaling, drop, False
-    )
-    return output
+    return lora_linear_and_input(input, frozen, lora_A, lora_B, scaling=scaling, dropout=dropout, passes_on=False)[0]
 
 
 def lora_linear_and_input(
-    input: Tensor, frozen: Frozen, lora_A: Tensor, lora_B: Tensor, *, scaling: float, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    input: Tensor,
+    frozen: Frozen,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    passes_on: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """:func:`lora_linear`, and a stand-in for the input.
 
     Args:
@@ -57,14 +59,15 @@ def lora_linear_and_input(
         lora_B: ``(out_features, rank)``, at least in fp32.
         scaling: Factor of the update.
         dropout: Probability of dropping an element of the input of the update.
+        passes_on: False: no stand-in.
 
     Returns:
         ``(..., out_features)`` in the input's dtype, and the input itself as a tensor whose gradient, if something
         gives it one, becomes the input's, with what this layer adds to it.
     """
     drop = draw_dropout(dropout) if dropout > 0.0 else None
-    found: tuple[Tensor, Tensor] = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-        input, frozen, lora_A, lora_B, scaling, drop, True
+    found: tuple[Tensor, Tensor | None] = _LoRALinear.apply(  # type: ignore[no-untyped-call]
+        input, frozen, lora_A, lora_B, scaling, drop, passes_on
     )
     return found
 

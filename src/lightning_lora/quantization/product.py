@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.errors import QuantizationError
+from lightning_lora.fused import product_dtype
 from lightning_lora.quantized_layer import QuantizedLayer
 
 
@@ -32,7 +33,7 @@ def product(input: Tensor, layer: QuantizedLayer) -> Tensor:
         )
     kind = input.device.type
     autocast = torch.is_autocast_enabled(kind) and input.dtype != torch.float64  # which autocast leaves alone
-    dtype = layer.compute_dtype or (torch.get_autocast_dtype(kind) if autocast else input.dtype)
+    dtype = layer.compute_dtype or product_dtype(input)
     with torch.autocast(kind, enabled=False):
         output: Tensor = _FrozenProduct.apply(input.to(dtype), layer)  # type: ignore[no-untyped-call]
         bias: Any = layer.bias
