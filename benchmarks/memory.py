@@ -171,7 +171,7 @@ def predict(setting: Setting) -> dict[str, Any]:
         precision=setting.precision,
         gradient_checkpointing=setting.gradient_checkpointing,
     )
-    fixed = plan.base.total + plan.adapters + plan.optimizer_state + plan.gradients
+    fixed = sum(plan.between_steps.values()) + plan.gradients
     return {
         "peak": plan.peak,
         "between_steps": fixed + plan.step.forward["batch"],

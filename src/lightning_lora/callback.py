@@ -31,7 +31,7 @@ from lightning_lora.gradient_checkpointing import (
 from lightning_lora.guards import check_still_frozen, check_trainer, explain, warn_of_eval_mode, warn_of_idle
 from lightning_lora.hooks import patch_checkpoints, patch_run, unpatch_run
 from lightning_lora.injection import extend_adapters
-from lightning_lora.layers import adapted_layers
+from lightning_lora.layers import adapted_layers, drop_cast_copies
 from lightning_lora.lightning_names import is_a
 from lightning_lora.lora import LoRAConfig
 from lightning_lora.memory_log import MemoryLog
@@ -234,6 +234,7 @@ class LoRACallback(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merge. All checkpoints are saved by now, and the module is back on the CPU (single device and DDP)."""
+        drop_cast_copies(pl_module)
         self._sample.stop()
         size = _checkpoint_bytes(trainer)
         if size is not None:
@@ -260,6 +261,7 @@ class LoRACallback(pl.Callback):
             check_still_frozen(module, record)
 
     def _clean(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        drop_cast_copies(pl_module)
         self._sample.forget()
         self._waiting = None
         if self._memory is not None:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.class_swap import SwappedClass, original_class, restore_class, swap_class
-from lightning_lora.fused import Frozen, may_fuse, product_dtype, siblings
+from lightning_lora.fused import CastCopy, Frozen, may_fuse, product_dtype, siblings
 from lightning_lora.quantized_layer import QuantizedLayer
 
 
@@ -28,6 +28,7 @@ class AdaptedLayer(SwappedClass):
     Attributes:
         adapters: By name.
         active: Names of those that act, in order.
+        cast_copy: Keeps the weight in autocast's dtype.
         is_followed: Whether a later layer of the same parent may get the same input, see :func:`note_siblings`.
     """
 
@@ -35,6 +36,7 @@ class AdaptedLayer(SwappedClass):
     weight: Tensor
     adapters: nn.ModuleDict
     active: tuple[str, ...]
+    cast_copy: CastCopy
     is_followed: bool = False
 
     @override
@@ -86,7 +88,7 @@ class AdaptedLayer(SwappedClass):
         if weight.dtype != dtype:
             if not is_cast:
                 return None
-            weight = weight.to(dtype)
+            weight = self.cast_copy.of(weight, dtype)
         return Frozen(self.as_matrix(weight), bias)
 
     @property
@@ -263,6 +265,7 @@ def attach_adapter(layer: nn.Module, name: str) -> AdaptedLayer:
         layer = cast(AdaptedLayer, layer)
         layer.adapters = nn.ModuleDict()
         layer.active = ()
+        layer.cast_copy = CastCopy()
     if name not in layer.adapters:
         layer.active = (name,)
     return layer
@@ -273,6 +276,7 @@ def detach_adapters(layer: AdaptedLayer) -> nn.ModuleDict:
     adapters = layer.adapters
     del layer.adapters
     del layer.active
+    del layer.cast_copy
     layer.__dict__.pop("is_followed", None)
     restore_class(layer)
     return adapters
@@ -287,6 +291,12 @@ def note_siblings(module: nn.Module) -> None:
                 width = child.matrix_shape[1]
                 child.is_followed = width in widths
                 widths.add(width)
+
+
+def drop_cast_copies(module: nn.Module) -> None:
+    """Give the memory back that the last training step under autocast left for the next one."""
+    for _, layer in adapted_layers(module):
+        layer.cast_copy.drop()
 
 
 def adapted_layers(module: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

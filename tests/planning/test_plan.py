@@ -31,8 +31,9 @@ FORMATS = (NF4, QuantizationConfig(double_quant=True), QuantizationConfig(quant_
 
 
 def step_of(plan):
-    """What forward and backward add, without the batch, which is there before."""
-    return sum(plan.step.backward.values()) - plan.step.backward.get("batch", 0)
+    """What forward and backward add, without the batch and what an earlier step has left."""
+    there = ("batch", "weights cast for autocast")
+    return sum(size for part, size in plan.step.backward.items() if part not in there)
 
 
 def on_meta(build):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.errors import UnsupportedSetupError
+from lightning_lora.fused import CastCopy
 from lightning_lora.fused.dropout import fixed_seed
 from lightning_lora.gradient_checkpointing.repeated import repeated_blocks
+from lightning_lora.layers import adapted_layers
 from lightning_lora.planning.batches import example_of
 from lightning_lora.planning.codes import coded_layers
 from lightning_lora.planning.liveness import LiveBytes
@@ -29,6 +32,7 @@ ACTIVATIONS = "activations"
 HEAD = "logits and loss"
 GRADIENTS = "gradients"
 DEQUANTIZED = "dequantized weights"
+CASTS = "weights cast for autocast"
 TEMPORARY = "backward temporaries"
 
 
@@ -37,7 +41,7 @@ class StepMemory:
     """Bytes of one step beside what is there all the time (weights, adapters, optimizer state).
 
     Attributes:
-        kept: Alive when the forward pass has ended, waiting for the backward pass; without the batch.
+        kept: Alive when the forward pass has ended, waiting for the backward pass; without the batch and what stays.
         forward: Alive at the peak of the forward pass, by part.
         backward: Alive at the peak of the backward pass, by part; empty if there was none.
         unknown_reads: How often the step asked for a floating-point number, as ``loss.item()`` does, and got NaN.
@@ -107,6 +111,8 @@ class _Run:
             block.register_forward_hook(self._leave_block)
         for layer in coded_layers(twin):
             layer.note = self._dequantized
+        for _, adapted in adapted_layers(twin):
+            adapted.cast_copy = _CountedCast(self._cast)
         for parameter in twin.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._count_gradient)  # type: ignore[no-untyped-call]
@@ -118,7 +124,7 @@ class _Run:
         live.part = ACTIVATIONS
         with self._precision.forward():
             loss = loss_of(step(self._twin, batch))
-        kept = live.total - live.current[BATCH] - live.current[GRADIENTS]
+        kept = live.total - sum(live.current[part] for part in (BATCH, GRADIENTS, CASTS))
         forward = live.take_peak()
         if backward:
             self._in_backward = True
@@ -146,6 +152,9 @@ class _Run:
         self._live.count(dense, DEQUANTIZED)
         return dense
 
+    def _cast(self, copied: Tensor) -> None:
+        self._live.count(copied, CASTS)
+
     def _count_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             self._live.count(parameter.grad, GRADIENTS)
@@ -155,6 +164,21 @@ class _Run:
         for parameter in self._twin.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
+
+
+class _CountedCast(CastCopy):
+    """Says what it keeps: that is there from step to step."""
+
+    def __init__(self, note: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    @override
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        cast = super().of(weight, dtype)
+        if self.is_kept:
+            self._note(cast)
+        return cast
 
 
 def weightless(example: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora.planning.dry_run import GRADIENTS, StepMemory
+from lightning_lora.planning.dry_run import CASTS, GRADIENTS, StepMemory
 from lightning_lora.planning.search import largest_that_fits
 from lightning_lora.planning.units import GB, GIB, in_gb
 
@@ -85,12 +85,18 @@ class MemoryPlan:
 
         Lightning clears old gradients between forward and backward pass, so the forward pass has them, too.
         """
-        fixed = {WEIGHTS: self.base.total, ADAPTERS: self.adapters, OPTIMIZER: self.optimizer_state}
+        fixed = self.between_steps
         return {
             "forward": {**fixed, **self.step.forward, GRADIENTS: self.gradients},
             "backward": {**fixed, **self.step.backward},
             "optimizer step": {**fixed, GRADIENTS: self.gradients, WORKSPACE: self.optimizer_workspace},
         }
+
+    @property
+    def between_steps(self) -> dict[str, int]:
+        """Bytes by part that are there all the time, beside gradients and the batch."""
+        fixed = {WEIGHTS: self.base.total, ADAPTERS: self.adapters, OPTIMIZER: self.optimizer_state}
+        return {**fixed, CASTS: self.step.forward[CASTS]} if CASTS in self.step.forward else fixed
 
     @property
     def moment(self) -> str:

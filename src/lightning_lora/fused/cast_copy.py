@@ -1,0 +1,76 @@
+"""A frozen weight in autocast's dtype, cast once instead of in each forward pass.
+
+Autocast keeps the casts of leaves that require gradients alone
+(https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/autocast_mode.cpp, ``cached_cast``), so a frozen fp32
+weight is cast in every pass. A training step without recomputation holds the casts of all layers at the end of its
+forward pass anyway; holding them until the next step raises no peak. Where activations are recomputed or moved away
+to save memory, no copy is made.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class _Source(NamedTuple):
+    """What values were cast. While one of these lives, no other storage can get the address of its storage."""
+
+    storage: StorageWeakRef
+    address: int
+    version: int
+
+
+def _source_of(weight: Tensor) -> _Source:
+    return _Source(StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), weight._version)
+
+
+class CastCopy:
+    """The copy of one weight, made anew when the weight is another one or was written to.
+
+    What autograd can't see either, a write through ``weight.data``, is not seen.
+    """
+
+    def __init__(self) -> None:
+        self._copy: Tensor | None = None
+        self._source: _Source | None = None
+
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """``weight`` in ``dtype``, from the copy where there is one or one may be kept."""
+        if torch.is_inference(weight):  # has no version
+            return weight.to(dtype)
+        if self._copy is not None and self._copy.dtype == dtype and self._source == _source_of(weight):
+            return self._copy
+        self.drop()
+        cast = weight.detach().to(dtype)
+        if _may_keep():
+            self._copy, self._source = cast, _source_of(weight)
+        return cast
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is a copy."""
+        return self._copy is not None
+
+    def drop(self) -> None:
+        """Give the memory back."""
+        self._copy = self._source = None
+
+    def __deepcopy__(self, memo: Any) -> CastCopy:
+        return CastCopy()
+
+    def __reduce__(self) -> tuple[type[CastCopy], tuple[()]]:
+        return CastCopy, ()
+
+
+def _may_keep() -> bool:
+    """Whether the pass is a forward pass of training that keeps its activations in place."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.is_inference_mode_enabled()
+        and torch._C._current_graph_task_id() == -1  # not within a backward pass, which recomputes
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # checkpoint(), save_on_cpu()
+    )
