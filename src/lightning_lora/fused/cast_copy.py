@@ -25,7 +25,8 @@ class _Source(NamedTuple):
 
 
 def _source_of(weight: Tensor) -> _Source:
-    return _Source(StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), weight._version)
+    storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+    return _Source(storage, weight.data_ptr(), weight._version)
 
 
 class CastCopy:
