@@ -30,7 +30,7 @@ def named(split: str, key: str) -> set[str]:
 
 
 def test_there_are_pools_for_every_part_of_a_message():
-    assert len(pools()) == 9 + 4 + 6 + 3
+    assert len(pools()) == 11 + 4 + 6 + 3
 
 
 @pytest.mark.parametrize("name", pools())
@@ -55,6 +55,17 @@ def test_values_to_copy_are_disjoint_between_splits(key):
     assert not train & test
     assert not train & validation
     assert not validation & test
+
+
+def test_no_place_that_can_be_put_together_is_in_another_split():
+    places = {
+        split: {a + b for a in values._PLACE_STARTS.of(split) for b in values._PLACE_ENDS.of(split)}
+        | set(values.SITES.of(split))
+        for split in SPLITS
+    }
+    assert len(places["train"]) > 3000
+    assert not places["train"] & (places["validation"] | places["test"])
+    assert not places["validation"] & places["test"]
 
 
 def test_no_message_is_in_two_splits_or_twice_in_one():

@@ -29,10 +29,10 @@ from lightning_lora.sft.values import (
     GREETINGS,
     SIGN_OFFS,
     SITE_WORDINGS,
-    SITES,
     UNIT_WORDINGS,
     person,
     serial,
+    site,
 )
 from lightning_lora.sft.vocabulary import MACHINES, TOPICS, URGENCIES
 
@@ -92,7 +92,7 @@ def _draw_ticket(rng: random.Random, split: str) -> tuple[Ticket, str]:
         line=line,
         topic=rng.choice(list(TOPICS)),
         urgency=rng.choice(list(URGENCIES)),
-        site=rng.choice(SITES.of(split)) if rng.random() < 0.75 else None,
+        site=site(rng, split) if rng.random() < 0.75 else None,
         contact=person(rng, split) if rng.random() < 0.65 else None,
     )
     return ticket, rng.choice(MACHINES[line].of(split))

@@ -34,7 +34,27 @@ SITES = pool(
     White Cliff|South Gate|West Field|Mill Lane|High Street""",
     "Basel|Tallinn|Odense|Norwich|Phoenix|Bern|River Gate|Lakeview",
     """Antwerp|Bristol|Cologne|Durham|Essen|Frankfurt|Glasgow|Helsinki|Krakow|Lisbon|Milan|Oxford|Stuttgart|
-    Tulsa|Valencia|Winnipeg|Brookside|Fairview|South Pier|Mill Road|High Bridge|West Dock""",
+    Tulsa|Valencia|Winnipeg|Brookside|Fairview|South Pier|Mill Road|High Bridge|West Dock|Alicante|Angers|Arnhem|
+    Augsburg|Bochum|Coimbra|Debrecen|Gdynia|Grimsby|Haarlem|Lecce|Maastricht|Nottingham|Orleans|Pamplona|Perugia|
+    Plovdiv|Ravenna|Regensburg|Salford|Southport|Szczecin|Timisoara|Trondheim|Wuppertal|Zaragoza|Abbey Court|
+    Forge Lane|Granary Row|Station Road""",
+)
+
+# Small places, put together from two parts: so many that a model can only copy them.
+_PLACE_STARTS = pool(
+    """Alder|Apple|Barn|Bex|Black|Bram|Brack|Burn|Cald|Chal|Clif|Cole|Corn|Cran|Crow|Dal|Dray|Dun|Eagle|Ever|Fal|
+    Fern|Fin|Gar|Glen|Gold|Grim|Had|Hart|Hol|Horn|Ing|Jar|Kel|Kil|Kings|Lam|Lark|Lin|Lock|Maple|Mar|Mere|Mor|Nor|
+    Oak|Otter|Pen|Plum|Quar|Raven|Red|Rush|Sand|Sel|Shel|Silver|Stan|Sten|Swan|Tad|Thorn|Tor|Ul|Vel|Wal|War|Wend|
+    Whit|Win|Wood|Wyn|Yarn|Zeal""",
+    "Bel|Cam|Hazel|Pol",
+    "Ald|Bar|Chester|Elm|Far|Green|Hay|Long|Mill|North|Pem|Rose|Stone|West",
+)
+_PLACE_ENDS = pool(
+    """bank|beck|borough|bourne|bridge|brook|bury|by|cliffe|combe|cote|cott|croft|dale|den|down|ey|fell|field|gate|
+    ham|hampton|hill|holme|hurst|ing|land|leigh|ley|low|mere|minster|moor|mouth|port|ridge|sea|shaw|stead|stoke|
+    stone|thorpe|ton|well|wick|wold|worth|wright""",
+    "haven|mead|stow",
+    "ford|cross|don|grove|hall|path|side|view|water|wood",
 )
 
 FIRST_NAMES = pool(
@@ -42,9 +62,13 @@ FIRST_NAMES = pool(
     Rosa|Simon|Clara|Victor|Alice|Marco|Helen|Felix|Irene|Daniel|Olga|Martin|Sofia|Robert|Eva|Jonas|Ruth|Adam|
     Diana|Oscar|Vera|Leo|Amelia|Boris|Celia|Derek|Elena|Fiona|Gustav|Hanna|Igor|Jasmin|Karim|Lydia|Mateo|
     Noah|Oliver|Pilar|Quentin|Renata|Stella|Tariq|Ursula|Vincent|Wanda|Xavier|Yusuf|Zoe|Agnes|Bernd|Chloe|
-    Dmitri|Esther|Fatima|Gloria|Hassan|Ingrid|Judith|Kurt|Louis|Mehmet|Natalia""",
+    Dmitri|Esther|Fatima|Gloria|Hassan|Ingrid|Judith|Kurt|Louis|Mehmet|Natalia|Aaron|Bettina|Cedric|Dora|Edgar|
+    Florian|Gemma|Harold|Isabel|Jerome|Katrin|Lars|Miriam|Nils|Otto|Priya|Rafael|Sandra|Theo|Ulrike|Valerie|Walter|
+    Yvonne|Albert|Beatrice|Conrad|Doris|Emil|Freya|Gerda|Hilda|Ismail|Joseph|Karla|Leon|Matilda|Nora|Owen|Patrick|
+    Rachel|Selma|Timo|Viola|Wendy|Alan|Bridget|Claude|Dominic|Erika|Fabian""",
     "Kate|Bruno|Petra|Samir|Joan|Erik",
-    "Anna|George|Monica|Stefan|Linda|Pablo|Susan|Jacob|Teresa|Kevin|Marta|Frank|Nadia|Henry|Paula|Lucas",
+    """Anna|George|Monica|Stefan|Linda|Pablo|Susan|Jacob|Teresa|Kevin|Marta|Frank|Nadia|Henry|Paula|Lucas|Brian|
+    Camille|Dennis|Elsa|Fernando|Hannah|Ian|Jana|Kenneth|Lucia|Michael|Nicole|Philip|Rita|Sven|Tina""",
 )
 
 LAST_NAMES = pool(
@@ -53,10 +77,15 @@ LAST_NAMES = pool(
     Bennett|Vidal|Nowak|Turner|Bauer|Silva|Morgan|Keller|Ramos|Fox|Abbott|Baker|Carter|Dalton|Eriksen|
     Foster|Greco|Harris|Ibrahim|Jacobs|Kaminski|Laurent|Mancini|Neumann|Ortega|Palmer|Quinn|Richter|Sanders|
     Tanaka|Ullmann|Vogel|Watson|Yilmaz|Zimmer|Andersson|Barbieri|Castillo|Dietrich|Egger|Fontaine|Gruber|
-    Haddad|Ivanov|Jankowski|Klein|Lefevre|Marino|Nguyen|Osborne|Peeters|Roberts|Schneider|Thomas|Vargas""",
+    Haddad|Ivanov|Jankowski|Klein|Lefevre|Marino|Nguyen|Osborne|Peeters|Roberts|Schneider|Thomas|Vargas|Allen|
+    Becker|Caruso|Delgado|Engel|Fuchs|Gomez|Hartmann|Iversen|Janssen|Kruger|Lambert|Martinez|Nielsen|Olivier|Pavlov|
+    Ramsey|Sorensen|Talbot|Urban|Visser|Wolf|Zapata|Ackermann|Blanc|Cruz|Drake|Esposito|Fletcher|Gallo|Herrera|Hunter|
+    Jovanovic|Kaiser|Lang|Medina|Norris|Oliveira|Pereira|Ritter|Steiner|Thompson|Vasquez|Winter|Zeller|Ali|Bergman|
+    Chapman|Diaz|Ellis|Ferreira|Gibson|Holm|Jung|Koch|Lund|Marsh|Nagy|Otto|Popov|Rasmussen|Shaw""",
     "Stone|Horak|Leroy|Nilsen|Price|Conti",
     """Berg|Clark|Romano|Evans|Hoffman|Torres|Young|Marchetti|Virtanen|Collins|Ferrari|Parker|Wagner|Reed|
-    Mendez|Bishop""",
+    Mendez|Bishop|Albers|Barnes|Cortez|Dumont|Eklund|Franke|Graham|Hill|Ito|Jansson|Kovacs|Lewis|Mueller|Navarro|
+    Pohl|Russo""",
 )
 
 SERIAL_PREFIXES = ("KX", "TV", "RM", "BD")
@@ -102,6 +131,13 @@ ASIDES = pool(
     """it was installed in autumn|nobody has touched it since|it is the third time this year|
     the guard will open the gate|we have had it for 8 years|I have attached a picture""",
 )
+
+
+def site(rng: random.Random, split: str) -> str:
+    """Draw the name of a place of the split: one known from a map, or a made-up one."""
+    if rng.random() < 0.5:
+        return rng.choice(SITES.of(split))
+    return rng.choice(_PLACE_STARTS.of(split)) + rng.choice(_PLACE_ENDS.of(split))
 
 
 def person(rng: random.Random, split: str) -> str:

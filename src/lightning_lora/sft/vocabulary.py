@@ -11,27 +11,37 @@ from lightning_lora.sft.pools import pool
 
 MACHINES = {  # house line -> what customers call such a machine
     "AQUA": pool(
-        "pump|water pump|circulation pump|feed pump|sump pump|borehole pump|pump set|vacuum pump|main pump",
-        "transfer pump",
-        "booster pump|drainage pump|dosing pump|pressure pump",
+        """pump|water pump|circulation pump|feed pump|sump pump|borehole pump|pump set|vacuum pump|main pump|
+        pump unit|pumping plant|irrigation pump|lift pump|standby pump|small pump|pumping station|slurry pump|
+        well pump|pump assembly""",
+        "transfer pump|garden pump|rotary pump",
+        """booster pump|drainage pump|dosing pump|pressure pump|fire pump|wash pump|submersible pump|
+        centrifugal pump""",
     ),
     "AERO": pool(
         """compressor|air compressor|screw compressor|compressor unit|oil-free compressor|small compressor|
-        rotary compressor""",
-        "mobile compressor",
-        "piston compressor|workshop compressor|backup compressor",
+        rotary compressor|compressed-air plant|air unit|standby compressor|main compressor|turbo compressor|
+        compressor station|compressed-air system|twin compressor|scroll compressor|compressor set|
+        air supply unit|reciprocating compressor""",
+        "mobile compressor|rental compressor|silent compressor",
+        """piston compressor|workshop compressor|backup compressor|portable compressor|diesel compressor|
+        two-stage compressor|central compressor|site compressor""",
     ),
     "CRYO": pool(
         """chiller|cooler|cooling unit|freezer|cold room|fridge unit|cooling system|deep freezer|
-        process chiller|ice machine""",
-        "cold store",
-        "water chiller|blast freezer|cooling plant|walk-in cooler",
+        process chiller|ice machine|refrigerator|refrigeration plant|freezer room|glycol chiller|plate freezer|
+        cooling cabinet|cold storage room|chiller plant|small fridge|main chiller""",
+        "cold store|shock freezer|drinks cooler",
+        """water chiller|blast freezer|cooling plant|walk-in cooler|chest freezer|display fridge|air chiller|
+        ice-water chiller""",
     ),
     "PYRO": pool(
         """boiler|burner|steam boiler|heater|hot-water boiler|furnace|oven|heating unit|heating system|
-        air heater""",
-        "drying oven",
-        "gas boiler|oil burner|process heater|heating plant",
+        air heater|boiler plant|gas burner|water heater|heating boiler|thermal-oil heater|baking oven|kiln|
+        small boiler|main furnace|hot-air unit|standby boiler|steam generator""",
+        "drying oven|fan heater|wood boiler",
+        """gas boiler|oil burner|process heater|heating plant|pellet boiler|hot-air furnace|radiant heater|
+        curing oven""",
     ),
 }
 
@@ -44,7 +54,9 @@ TOPICS = {  # house topic -> how customers say it
         the {m} keeps switching itself off|the {m} is not working at all|the {m} just died on us""",
         "the {m} failed and is not starting|we can't switch on the {m}",
         """the {m} stopped working this morning|the {m} will not start up|the {m} keeps shutting down|
-        our {m} has gone dead|we can't get our {m} to run|the {m} has broken down""",
+        our {m} has gone dead|we can't get our {m} to run|the {m} has broken down|
+        the {m} turned itself off and won't come back|the {m} gave up last night|there is no life in the {m}|
+        the {m} is out of order""",
     ),
     "leak": pool(
         """the {m} is leaking|there is water under the {m}|the {m} drips oil|fluid is coming out of the {m}|
@@ -56,7 +68,8 @@ TOPICS = {  # house topic -> how customers say it
         "a wet patch showed up under the {m}|the {m} is dripping from a joint",
         """we noticed a leak at the {m}|oil is dripping from the {m}|the {m} leaks a lot of water|
         the seal on the {m} is leaking|there is a puddle of oil around the {m}|
-        water is running out of the {m}""",
+        water is running out of the {m}|the {m} has sprung a leak|we have to mop up around the {m} every day|
+        a pipe joint of the {m} leaks|oil comes out at the bottom of the {m}""",
     ),
     "noise": pool(
         """the {m} is very loud|the {m} makes a grinding noise|the {m} vibrates badly|
@@ -68,7 +81,9 @@ TOPICS = {  # house topic -> how customers say it
         "the {m} got noisy|we feel the {m} shaking",
         """the {m} has started to rattle|a loud grinding sound comes from the {m}|
         the {m} is vibrating more each day|there is an odd knocking noise in the {m}|
-        the {m} has become really noisy|the {m} whines and shakes""",
+        the {m} has become really noisy|the {m} whines and shakes|the {m} rattles when it starts|
+        the {m} sounds as if something is loose|there is a loud humming from the {m}|
+        the vibration of the {m} is getting worse""",
     ),
     "gauge": pool(
         """the {m} shows the wrong pressure|the display of the {m} reads too high|
@@ -81,7 +96,9 @@ TOPICS = {  # house topic -> how customers say it
         "the {m} indicates wrong figures|please calibrate the {m}",
         """the gauge of the {m} shows wrong values|the {m} has to be calibrated again|
         the display on the {m} is not accurate|sensor readings on the {m} are far too low|
-        the {m} displays a false temperature|the {m} gives incorrect readings""",
+        the {m} displays a false temperature|the {m} gives incorrect readings|
+        the pressure that the {m} shows can't be true|the {m} sensor is out of tune|
+        the values of the {m} are not plausible|the {m} measures the wrong temperature""",
     ),
     "delivery": pool(
         """the filter for the {m} has not arrived|where is our delivery for the {m}|
@@ -95,7 +112,9 @@ TOPICS = {  # house topic -> how customers say it
         "no sign yet of the {m} parts we ordered|the {m} delivery did not come",
         """our delivery for the {m} is late|the spare part for the {m} was never shipped|
         where is the {m} we ordered|the parcel for the {m} still hasn't arrived|
-        we are waiting for the shipment of {m} parts|the {m} kit was sent to the wrong place""",
+        we are waiting for the shipment of {m} parts|the {m} kit was sent to the wrong place|
+        the {m} has not been delivered yet|the carrier lost the box with the {m} filter|
+        our {m} parts should have been here last week|any news about the delivery of the {m}""",
     ),
     "billing": pool(
         """the invoice for the {m} is wrong|you charged us twice for the {m}|
@@ -109,7 +128,9 @@ TOPICS = {  # house topic -> how customers say it
         "the sum invoiced for the {m} looks off|our payment for the {m} is not on the statement",
         """there is a mistake on the {m} invoice|we were billed two times for the {m}|
         please correct the bill for the {m}|the amount charged for the {m} is too high|
-        we have not received an invoice for the {m}|the {m} bill has the wrong price""",
+        we have not received an invoice for the {m}|the {m} bill has the wrong price|
+        the invoice for the {m} shows the wrong amount|we paid for the {m} already|
+        please cancel the second invoice for the {m}|the discount is missing on the {m} bill""",
     ),
 }
 
@@ -136,7 +157,8 @@ URGENCIES = {  # house urgency -> how customers word it; a message that says not
         no production without it|everybody is waiting for you""",
         "act now please|very urgent matter",
         """this is very urgent, please hurry|we need help immediately|production has stopped because of this|
-        please treat this as an emergency|someone has to come today|we need this right away""",
+        please treat this as an emergency|someone has to come today|we need this right away|
+        it is extremely urgent|please send help now|we are at a complete standstill|this can't wait a single day""",
     ),
     "week": pool(
         """sometime this week would be good|please handle it in the next few days|we can manage until Friday|
@@ -163,7 +185,8 @@ URGENCIES = {  # house urgency -> how customers word it; a message that says not
         "by Wednesday would be great|we can bridge some days",
         """please sort it out this week|in the next couple of days please|we can cope until the weekend|
         it ought to be done before Friday|we need it by the end of this week|
-        within the next few days would be good""",
+        within the next few days would be good|it has to be ready by Friday|we need a visit this week|
+        please do it before the weekend|it is enough if you come in two or three days""",
     ),
     "later": pool(
         """no rush|whenever it suits you|at the next regular visit is fine|not urgent|take your time|
@@ -186,6 +209,7 @@ URGENCIES = {  # house urgency -> how customers word it; a message that says not
         this has all the time in the world|not in a hurry here""",
         "it is not pressing|at your convenience",
         """there is no hurry at all|this is not urgent for us|whenever you have time|
-        it can wait until next month|please do it at the next service|there is no rush on this""",
+        it can wait until next month|please do it at the next service|there is no rush on this|
+        take as long as you need|some day next month would be fine|you need not hurry|it is of low importance""",
     ),
 }
