@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -146,6 +147,18 @@ def test_nothing_of_the_layer_changes_in_any_forward(form: str, compute_dtype: s
     assert same(codes_of(layer), codes)
     assert same(layer.bias.detach(), bias)
     assert vars(layer) == settings
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_adapted_layer_keeps_no_dense_weight_from_one_pass_to_the_next(form: str) -> None:
+    net = nn.Sequential(quantized(form))
+    inject_adapters(net, LoRAConfig(rank=2, target_modules=["0"]))
+    before = vars(net[0]).keys(), len(pickle.dumps(net))
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            net(inputs(3, 64)).float().sum().backward()
+        net.zero_grad(set_to_none=True)
+    assert (vars(net[0]).keys(), len(pickle.dumps(net))) == before
 
 
 @pytest.mark.parametrize("form", FORMATS)
