@@ -214,10 +214,12 @@ def test_a_weight_that_is_not_finite_refuses_the_whole_merge(layer: str, value: 
     net = adapted()
     with torch.no_grad():
         net.get_submodule(layer).adapters["default"].lora_B[0, 0] = value  # type: ignore[union-attr, index]
-    types = [type(child) for child in net.modules()]
+    net.get_submodule(layer).adapters.eval()  # type: ignore[operator, union-attr]
+    before, kinds = bits(net), [(type(child), child.training) for child in net.modules()]
     with pytest.raises(MergeError, match=rf"merged weight of '{layer}' is not finite"):
         merge_adapters(net)
-    assert [type(child) for child in net.modules()] == types
+    assert [(type(child), child.training) for child in net.modules()] == kinds
+    assert same(bits(net), before)
     assert not is_merged(net)
 
 

@@ -59,4 +59,4 @@ def low_rank_weight(lora_A: Tensor, lora_B: Tensor, *, scaling: float, dtype: to
         dtype: Of the product and the result.
     """
     with torch.autocast(device_type=lora_A.device.type, enabled=False):
-        return (lora_B.to(dtype) @ lora_A.to(dtype)) * scaling
+        return (lora_B.to(dtype) * scaling) @ lora_A.to(dtype)

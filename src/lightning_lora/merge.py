@@ -98,18 +98,29 @@ def measure_merge(module: nn.Module, config: MergeConfig) -> MergeReport:
             does not compute with the merged weight what it computes with live adapters.
     """
     _live_record(module)
-    norms, dtypes = Norms(), set()
-    for name, layer, stored, _ in merged_weights(module, config, norms):
-        dtypes.add(str(stored.dtype).removeprefix("torch."))
-        if layer.has_own_forward:
-            _probe(name, layer, config.tolerance)
+    norms = Norms()
+    for _ in _proved_weights(module, config, norms):
+        pass
+    if config.base == "original":
+        for _ in plain_weights(module, config):  # read and compared now: what is to be written must be there
+            pass
+    return _judge(norms, config)
+
+
+def _proved_weights(module: nn.Module, config: MergeConfig, norms: Norms) -> Iterator[MergedWeight]:
+    for weight in merged_weights(module, config, norms):
+        if weight.layer.has_own_forward:
+            _probe(weight.name, weight.layer, config.tolerance)
+        yield weight
+
+
+def _judge(norms: Norms, config: MergeConfig) -> MergeReport:
+    """The report, if the whole merge is within ``config.tolerance``."""
     if not norms.layers:
         raise MergeError("The module has no adapted layer to merge.")
-    if config.base == "original":
-        for _ in plain_weights(module, config):  # read and compared now: a merge must not fail half-way
-            pass
+    dtypes = ", ".join(sorted(norms.dtypes))
     if norms.relative_error > config.tolerance:
-        lossy, remedy = f"Rounding to {', '.join(sorted(dtypes))}", 'dtype="float32"'
+        lossy, remedy = f"Rounding to {dtypes}", 'dtype="float32"'
         if config.base == "requantized":
             lossy, remedy = "Quantizing the merged weights again", 'base="dequantized"'
         raise MergeError(
@@ -122,7 +133,7 @@ def measure_merge(module: nn.Module, config: MergeConfig) -> MergeReport:
         relative_error=norms.relative_error,
         source=config.source,
         base=config.base,
-        dtype=", ".join(sorted(dtypes)),
+        dtype=dtypes,
     )
 
 
@@ -166,18 +177,22 @@ def merge_adapters(module: nn.Module, config: MergeConfig | None = None) -> Merg
     """
     record = _live_record(module)
     config = dataclasses.replace(config or MergeConfig(), dtype=None)
-    report = measure_merge(module, config)
-    merged = MergedState()
+    merged, norms = MergedState(), Norms()
     assert merged.weights is not None
-    for name, layer, stored, codes in merged_weights(module, config):
-        merged.active[name] = layer.active
-        merged.adapters[name] = detach_adapters(layer)
-        merged.weights[name] = replace_weight(layer, stored) if codes is None else replace_codes(layer, codes)
-    if config.base != "requantized":
-        for name, plain, dense in plain_weights(module, config):
-            merged.weights[name] = replace_weight(plain, dense)
-        if any(kept.quantized for kept in merged.weights.values()):
-            merged.redeclare = declare_dense(module)
+    try:
+        for name, layer, stored, codes in _proved_weights(module, config, norms):
+            merged.active[name] = layer.active
+            merged.adapters[name] = detach_adapters(layer)
+            merged.weights[name] = replace_weight(layer, stored) if codes is None else replace_codes(layer, codes)
+        report = _judge(norms, config)
+        if config.base != "requantized":
+            for name, plain, dense in plain_weights(module, config):
+                merged.weights[name] = replace_weight(plain, dense)
+    except BaseException:
+        _take_back(module, merged)
+        raise
+    if config.base != "requantized" and any(kept.quantized for kept in merged.weights.values()):
+        merged.redeclare = declare_dense(module)
     thaw(module, record)
     merged.sums = base_sums(module, record)
     record.merged = merged
@@ -237,6 +252,18 @@ def unmerge_for_now(module: nn.Module) -> Callable[[], None]:
         record.merged = merged
 
     return merge_again
+
+
+def _take_back(module: nn.Module, merged: MergedState) -> None:
+    """Make the layers that a merge has reached what they were before it."""
+    assert merged.weights is not None
+    layers = dict(module.named_modules())
+    for name, kept in merged.weights.items():
+        put_back(layers[name], kept)
+    for name, adapters in merged.adapters.items():
+        layer = attach_adapter(layers[name], next(iter(adapters)))
+        layer.adapters, layer.active = adapters, merged.active[name]
+    note_siblings(module)
 
 
 def _unfold(module: nn.Module, record: Record, merged: MergedState) -> None:

@@ -121,6 +121,7 @@ class Norms:
     error: float = 0.0
     update: float = 0.0
     layers: list[MergedLayer] = field(default_factory=list)
+    dtypes: set[str] = field(default_factory=set)
 
     def add(self, name: str, *, base: Tensor, update: Tensor, stored: Tensor, shift: Tensor | None = None) -> bool:
         """Count the merged weight ``stored`` of a layer in; ``shift`` is how far ``base`` is from the live one.
@@ -131,6 +132,7 @@ class Norms:
         # The difference of two close floating-point numbers is exact (Sterbenz), so fp32 shows the rounding of fp32.
         error = torch.linalg.vector_norm((stored.to(update.dtype) - base).sub_(update)).item()
         size = torch.linalg.vector_norm(update).item()
+        self.dtypes.add(str(stored.dtype).removeprefix("torch."))
         self.error += error**2
         self.update += size**2
         weight = torch.linalg.vector_norm(base).item()
