@@ -64,4 +64,4 @@ def weight_of(layer: str) -> str:
 
 def _checksum(tensor: Tensor) -> int:
     """CRC-32 of a tensor's bytes; 0 for a tensor without data."""
-    return 0 if tensor.is_meta or tensor.numel() == 0 else zlib.crc32(memoryview(bits(tensor).numpy()))
+    return 0 if tensor.is_meta or tensor.numel() == 0 else zlib.crc32(bits(tensor).numpy())  # type: ignore[arg-type]
