@@ -17,7 +17,7 @@ from lightning_lora.fingerprint import Contents, describe_difference, fingerprin
 from lightning_lora.hyperparameters import opens_safely
 from lightning_lora.layers import AdaptedLayer
 from lightning_lora.originals import base_buffers, has_values_of, is_extra_state
-from lightning_lora.quantization.config import COMPUTE_DTYPES
+from lightning_lora.quantization.config import COMPUTE_DTYPES, QuantizationConfig
 from lightning_lora.quantized_base import quantized_from
 from lightning_lora.record import Record, find_record
 from lightning_lora.targets.patterns import canonical
@@ -296,8 +296,9 @@ def _compare_settings(found: Mapping[str, Any], live: Mapping[str, Any]) -> None
 
 def _compare_quantization(found: Mapping[str, Any] | None, record: Record) -> None:
     live = None if record.quantization is None else record.quantization.to_dict()
-    # In what dtype the products run is no part of the base.
-    formats = [None if form is None else {**form, "compute_dtype": None} for form in (found, live)]
+    # In what dtype the products run is no part of the base; a field that a file does not know was at its default.
+    defaults = QuantizationConfig().to_dict()
+    formats = [None if form is None else {**defaults, **form, "compute_dtype": None} for form in (found, live)]
     if formats[0] != formats[1]:
         names = [
             "a dense base" if form is None else f"a base quantized with {_differing(form, other)}"

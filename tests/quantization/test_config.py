@@ -28,6 +28,7 @@ pytest.importorskip("bitsandbytes")
         *[("compute_dtype", value) for value in ("fp32", "bf16", torch.bfloat16, 32, "uint8")],
         *[("storage_dtype", value) for value in (None, "int8", torch.uint8, "float64")],
         *[("double_quant", value) for value in ("yes", 1, None)],
+        *[("clip_search", value) for value in ("yes", 1, None)],
         *[("skip_modules", value) for value in (3, [""], [None], {"a": 1}, b"head")],
     ],
 )

@@ -30,6 +30,9 @@ class QuantizationConfig:
         double_quant: Store the constants of the 4-bit blocks in 8 bits, too (arXiv:2305.14314, section 3): 0.37 bits
             less a parameter at ``block_size=64``.
         block_size: Values that share one constant, of 4-bit types.
+        clip_search: Clip the values of a 4-bit block where that makes its squared error smaller, see
+            :mod:`lightning_lora.quantization.clipping`. Quantizing takes six times as long; what is stored has the same
+            form and size.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, in which the products with the dequantized
             weights run; None: autocast's under autocast, else that of the layer's input.
         storage_dtype: Dtype of the tensors that hold the 4-bit codes, ``"uint8"``, ``"float32"``, ``"bfloat16"`` or
@@ -48,6 +51,7 @@ class QuantizationConfig:
     quant_type: str = "nf4"
     double_quant: bool = False
     block_size: int = 64
+    clip_search: bool = False
     compute_dtype: str | None = None
     storage_dtype: str = "uint8"
     skip_modules: tuple[str, ...] = ()
@@ -61,10 +65,11 @@ class QuantizationConfig:
         ):
             if isinstance(value, (bool, float)) or value not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
-        if not isinstance(self.double_quant, bool):
-            raise ValueError(f"double_quant must be True or False, got {self.double_quant!r}.")
-        if self.double_quant and self.quant_type == "int8":
-            raise ValueError('double_quant is for 4-bit types: quant_type="int8" has one constant a row.')
+        for field, chosen in (("double_quant", self.double_quant), ("clip_search", self.clip_search)):
+            if not isinstance(chosen, bool):
+                raise ValueError(f"{field} must be True or False, got {chosen!r}.")
+            if chosen and self.quant_type == "int8":
+                raise ValueError(f'{field} is for 4-bit types: quant_type="int8" has one constant a row.')
         object.__setattr__(self, "skip_modules", as_patterns("skip_modules", self.skip_modules))
 
     @property

@@ -77,7 +77,8 @@ def quantize_layer(
             "quant_type": config.quant_type,
             "quant_storage": STORAGE_DTYPES[config.storage_dtype],
         }
-        codes, cls = four_bit.quantize(weight, settings), four_bit.QuantizedLinear4bit
+        codes = four_bit.quantize(weight, settings, clip_search=config.clip_search)
+        cls = four_bit.QuantizedLinear4bit
     compute_dtype = None if config.compute_dtype is None else COMPUTE_DTYPES[config.compute_dtype]
     was_trainable = layer.weight.requires_grad
     layer.weight.requires_grad_(False)  # an optimizer may hold it: one without gradients is taken out there

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.errors import QuantizationError
+from lightning_lora.quantization.clipping import clip_blocks
 from lightning_lora.quantization.product import product
 from lightning_lora.quantized_layer import QuantizedLayer
 
@@ -50,7 +51,8 @@ class QuantizedLinear4bit(QuantizedLayer, Linear4bit):
 
     @override
     def codes_of(self, weight: Tensor) -> Params4bit:
-        return quantize(weight.to(self.weight.device), _settings(self.weight))
+        searched = self.stored_as is not None and self.stored_as.clip_search
+        return quantize(weight.to(self.weight.device), _settings(self.weight), clip_search=searched)
 
     @override
     def constants(self) -> dict[str, Tensor]:
@@ -105,12 +107,13 @@ class QuantizedLinear4bit(QuantizedLayer, Linear4bit):
         return []
 
 
-def quantize(weight: Tensor, settings: dict[str, Any]) -> Params4bit:
+def quantize(weight: Tensor, settings: dict[str, Any], *, clip_search: bool = False) -> Params4bit:
     """Codes of a dense weight with their description, on the weight's device.
 
     Args:
         weight: ``(out_features, in_features)``; fp64 is rounded to fp32 first.
         settings: ``blocksize``, ``compress_statistics``, ``quant_type`` and ``quant_storage`` of bitsandbytes.
+        clip_search: Clip each block where that makes its error smaller.
 
     Raises:
         QuantizationError: If a value is not finite: its whole block would be lost.
@@ -123,9 +126,10 @@ def quantize(weight: Tensor, settings: dict[str, Any]) -> Params4bit:
     absmax = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=flat.device)
     for start in range(0, flat.numel(), size):
         chunk = flat[start : start + size]
-        part, scales = torch.ops.bitsandbytes.quantize_4bit.default(
-            chunk.float() if chunk.dtype == torch.float64 else chunk, block, kind, torch.uint8
-        )
+        chunk = chunk.float() if chunk.dtype == torch.float64 else chunk
+        if clip_search:
+            chunk = clip_blocks(chunk, block_size=block, quant_type=kind)
+        part, scales = torch.ops.bitsandbytes.quantize_4bit.default(chunk, block, kind, torch.uint8)
         codes[start // 2 :][: part.numel()] = part.view(-1)
         absmax[start // block :][: scales.numel()] = scales
     if not torch.isfinite(absmax).all():
