@@ -37,5 +37,8 @@ def clip_blocks(values: Tensor, *, block_size: int, quant_type: str) -> Tensor:
 def _squared_errors(clipped: Tensor, blocks: Tensor, quant_type: str) -> Tensor:
     size = blocks.shape[1]
     codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(clipped, size, quant_type, torch.uint8)
-    found = torch.ops.bitsandbytes.dequantize_4bit.default(codes, scales, size, quant_type, blocks.shape, torch.float32)
-    return (found - blocks.float()).square().sum(dim=1, keepdim=True)
+    found: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        codes, scales, size, quant_type, blocks.shape, torch.float32
+    )
+    found = (found - blocks.float()).square_()
+    return found.sum(dim=1, keepdim=True)
