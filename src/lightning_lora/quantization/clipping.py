@@ -1,9 +1,9 @@
 """Clip the values of a block where that brings the rest nearer to their codes.
 
 A block's constant is its largest absolute value, so one outlier makes the codes of all others coarse. Clipping it costs
-an error in one place and less in the others: the search of AWQ's ``auto_clip`` (arXiv:2306.00978, section 4), here for
-the weights' own error, so that it needs no data. Of normal weights in blocks of 64, the squared error of NF4 gets 15 %
-smaller; the codes are bitsandbytes' own and take no more room or time.
+an error in one place and less in the others: the search that the reference implementation of AWQ (arXiv:2306.00978)
+calls ``auto_clip``, here for the weights' own error, so that it needs no data. Of normal weights in blocks of 64, the
+squared error of NF4 gets 15 % smaller; the codes are bitsandbytes' own and take no more room or time.
 """
 
 from __future__ import annotations
