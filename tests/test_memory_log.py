@@ -39,7 +39,7 @@ class Mixing(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def fit(module, folder, *, rows=32, accumulate=1, **callback):
+def fit(module, folder, *, rows=32, accumulate=1, precision="32-true", **callback):
     lora = LoRACallback(LoRAConfig(rank=2, dropout=0.1), print_report=False, **callback)
     data = TensorDataset(torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(0)), torch.arange(rows) % 3)
     logger = CSVLogger(folder)
@@ -49,6 +49,7 @@ def fit(module, folder, *, rows=32, accumulate=1, **callback):
         logger=logger,
         callbacks=[lora],
         accumulate_grad_batches=accumulate,
+        precision=precision,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -57,9 +58,13 @@ def fit(module, folder, *, rows=32, accumulate=1, **callback):
     return lora, {key: value for row in logger.experiment.metrics for key, value in row.items()}
 
 
-@pytest.mark.parametrize("quantization", [None, QuantizationConfig()], ids=["dense", "nf4"])
+@pytest.mark.parametrize(
+    ("quantization", "precision"),
+    [(None, "32-true"), (None, "bf16-mixed"), (QuantizationConfig(), "32-true")],
+    ids=["dense", "dense-mixed", "nf4"],
+)
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_planned_and_measured_peak_are_logged_early_in_a_fit(tmp_path, caplog, quantization, accumulate):
+def test_planned_and_measured_peak_are_logged_early_in_a_fit(tmp_path, caplog, quantization, accumulate, precision):
     caplog.set_level(logging.INFO, logger="lightning_lora")
     metrics = []
     logged = CSVLogger.log_metrics
@@ -70,7 +75,9 @@ def test_planned_and_measured_peak_are_logged_early_in_a_fit(tmp_path, caplog, q
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CSVLogger, "log_metrics", record)
-        lora, _ = fit(Mixing(), tmp_path, quantization=quantization, accumulate=accumulate, log_memory=True)
+        lora, _ = fit(
+            Mixing(), tmp_path, quantization=quantization, accumulate=accumulate, precision=precision, log_memory=True
+        )
     (found,) = [(step, values) for step, values in metrics if "lora/planned_peak_bytes" in values]
     assert found[0] == 2  # the first step finds no states of the optimizer yet
     assert found[1]["lora/planned_peak_bytes"] == lora.memory_plan.peak

@@ -33,7 +33,7 @@ def forward(net, x=None):
 
 
 def kept(net):
-    return net[0].cast_copy._copy
+    return net[0].cast_copy.kept
 
 
 def test_a_training_pass_keeps_the_cast_and_the_next_one_uses_it():
@@ -188,7 +188,7 @@ class Fitted(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         loss = self.net(batch).float().square().mean()
-        self.copies.append(self.net[0].cast_copy._copy)
+        self.copies.append(self.net[0].cast_copy.kept)
         return loss
 
     def configure_optimizers(self):

@@ -52,9 +52,9 @@ class CastCopy:
         return cast
 
     @property
-    def is_kept(self) -> bool:
-        """Whether there is a copy."""
-        return self._copy is not None
+    def kept(self) -> Tensor | None:
+        """The copy, if there is one."""
+        return self._copy
 
     def drop(self) -> None:
         """Give the memory back."""

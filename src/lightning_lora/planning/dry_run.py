@@ -176,7 +176,7 @@ class _CountedCast(CastCopy):
     @override
     def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         cast = super().of(weight, dtype)
-        if self.is_kept:
+        if self.kept is not None:
             self._note(cast)
         return cast
 
