@@ -22,7 +22,7 @@ RECORDS = Path(__file__).parent / "results"
 
 
 def verdict(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """``"ok"``, ``"slower"``, ``"keeps more"`` or, where the harness can't be trusted now, ``"unsure"``.
+    """``"ok"``, ``"slower"``, ``"keeps more"`` or, where the harness can't be trusted now or then, ``"unsure"``.
 
     Args:
         then: A row of a record.
@@ -30,7 +30,7 @@ def verdict(then: dict[str, Any], now: dict[str, Any]) -> str:
     """
     if _saved(now) > (1 + LOST) * _saved(then):
         return "keeps more"
-    if not now["self_test"]["passed"]:
+    if not (now["self_test"]["passed"] and then["self_test"]["passed"]):
         return "unsure"
     return "slower" if _time(now)["median"] > (1 + LOST) * _time(then)["median"] else "ok"
 
@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for heading in ("row", "time then", "time now", "saved then", "saved now", "verdict"):
         view.add_column(heading)
     verdicts = set()
-    for path in options.records or sorted(RECORDS.glob("step-*.json")):
+    paths = options.records or sorted(RECORDS.glob("step-*.json"))
+    if not paths:
+        parser.error(f"no record in {RECORDS}: python -m benchmarks.step --output writes one")
+    for path in paths:
         record = json.loads(path.read_text(encoding="utf-8"))
         torch.set_num_threads(record["threads"])
         settings = {**record["settings"], "rounds": options.rounds or record["settings"]["rounds"]}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import memory, models
+from lightning_lora.layers import drop_cast_copies
 
 # Relative difference of the adapters' gradients (and of the loss) above which two variants are not taken for
 # the same computation. In bf16 every product is rounded to 8 bits, in another order for each implementation.
@@ -84,6 +85,7 @@ def measure_memory(step: TrainingStep) -> dict[str, int]:
     """Saved, peak and trainable bytes of one variant."""
     step()  # optimizer state exists from here on
     step.clear()
+    drop_cast_copies(step.model)  # ours keeps them from step to step: they count where they are made
     peak = memory.peak_bytes(step)
     step.clear()
     own = (*step.model.parameters(), *step.model.buffers(), step.tokens)

@@ -448,3 +448,19 @@ def test_a_layer_that_cannot_be_called_with_one_tensor_is_merged_with_a_warning(
     with pytest.warns(UserWarning, match=r"merge of 'own' is not verified: Paired\.forward"):
         merge_adapters(net)
     assert is_merged(net)
+
+
+def test_a_merge_that_is_interrupted_when_all_weights_are_merged_is_taken_back(monkeypatch: Any) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    net = adapted()
+    before = bits(net)
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_lora.merge.base_sums", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            merge_adapters(net)
+    assert same(bits(net), before)
+    merge_adapters(net)
+    unmerge_adapters(net)
+    assert same(bits(net), before)

@@ -194,6 +194,7 @@ class LoRACallback(pl.Callback):
         """Refuse a base that another callback or the module unfroze; plan and measure the memory of a batch."""
         if batch_idx == 0:
             self._check_still_frozen(pl_module)
+            drop_cast_copies(pl_module)  # a hook at the epoch's start may have written through weight.data
         if self._memory is not None:
             self._memory.start(trainer, pl_module, batch)
 
@@ -221,8 +222,9 @@ class LoRACallback(pl.Callback):
         self._check_still_frozen(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the report."""
+        """Note the report, and evaluate with the weights as they are."""
         self._remember_report(trainer, pl_module)
+        drop_cast_copies(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the report."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,7 +28,7 @@ class AdaptedLayer(SwappedClass):
     Attributes:
         adapters: By name.
         active: Names of those that act, in order.
-        cast_copy: Keeps the weight in autocast's dtype.
+        cast_copy: Keeps the weight in autocast's dtype, once autocast has acted.
         is_followed: Whether a later layer of the same parent may get the same input, see :func:`note_siblings`.
     """
 
@@ -36,7 +36,7 @@ class AdaptedLayer(SwappedClass):
     weight: Tensor
     adapters: nn.ModuleDict
     active: tuple[str, ...]
-    cast_copy: CastCopy
+    cast_copy: CastCopy | None = None
     is_followed: bool = False
 
     @override
@@ -88,8 +88,14 @@ class AdaptedLayer(SwappedClass):
         if weight.dtype != dtype:
             if not is_cast:
                 return None
+            self.cast_copy = self.cast_copy or CastCopy()
             weight = self.cast_copy.of(weight, dtype)
         return Frozen(self.as_matrix(weight), bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.cast_copy is not None:
+            self.cast_copy.drop()  # it would stay on the device that the module leaves
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -265,7 +271,6 @@ def attach_adapter(layer: nn.Module, name: str) -> AdaptedLayer:
         layer = cast(AdaptedLayer, layer)
         layer.adapters = nn.ModuleDict()
         layer.active = ()
-        layer.cast_copy = CastCopy()
     if name not in layer.adapters:
         layer.active = (name,)
     return layer
@@ -276,7 +281,7 @@ def detach_adapters(layer: AdaptedLayer) -> nn.ModuleDict:
     adapters = layer.adapters
     del layer.adapters
     del layer.active
-    del layer.cast_copy
+    layer.__dict__.pop("cast_copy", None)
     layer.__dict__.pop("is_followed", None)
     restore_class(layer)
     return adapters
@@ -296,7 +301,8 @@ def note_siblings(module: nn.Module) -> None:
 def drop_cast_copies(module: nn.Module) -> None:
     """Give the memory back that the last training step under autocast left for the next one."""
     for _, layer in adapted_layers(module):
-        layer.cast_copy.drop()
+        if layer.cast_copy is not None:
+            layer.cast_copy.drop()
 
 
 def adapted_layers(module: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

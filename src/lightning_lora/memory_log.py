@@ -70,7 +70,7 @@ def _held(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Iterat
         if isinstance(child, QuantizedLayer):
             yield from child.constants().values()
     for _, layer in adapted_layers(module):
-        if layer.cast_copy.kept is not None:
+        if layer.cast_copy is not None and layer.cast_copy.kept is not None:
             yield layer.cast_copy.kept
     leaves = pytree.tree_leaves([batch, *(dict(optimizer.state) for optimizer in trainer.optimizers)])
     yield from (leaf for leaf in leaves if isinstance(leaf, Tensor))

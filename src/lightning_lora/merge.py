@@ -188,14 +188,14 @@ def merge_adapters(module: nn.Module, config: MergeConfig | None = None) -> Merg
         if config.base != "requantized":
             for name, plain, dense in plain_weights(module, config):
                 merged.weights[name] = replace_weight(plain, dense)
+        merged.sums = base_sums(module, record)
+        if config.base != "requantized" and any(kept.quantized for kept in merged.weights.values()):
+            merged.redeclare = declare_dense(module)
     except BaseException:
         _take_back(module, merged)
         raise
-    if config.base != "requantized" and any(kept.quantized for kept in merged.weights.values()):
-        merged.redeclare = declare_dense(module)
-    thaw(module, record)
-    merged.sums = base_sums(module, record)
     record.merged = merged
+    thaw(module, record)
     return report
 
 

@@ -34,6 +34,7 @@ def row(time=0.8, saved=650, passed=True):
 )
 def test_five_percent_are_lost_or_not(now, expected):
     assert guard.verdict(row(), now) == expected
+    assert guard.verdict(row(passed=False), now) in ("unsure", "keeps more")
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(1e6, (0, 2)), (1e-6, (1, 2))])

@@ -33,7 +33,7 @@ def forward(net, x=None):
 
 
 def kept(net):
-    return net[0].cast_copy.kept
+    return None if net[0].cast_copy is None else net[0].cast_copy.kept
 
 
 def test_a_training_pass_keeps_the_cast_and_the_next_one_uses_it():
@@ -51,7 +51,8 @@ def test_every_pass_computes_what_a_fresh_cast_gives_bitwise():
     for _ in range(3):
         x, y = rows(), rows()
         forward(net, x).float().sum().backward()
-        other[0].cast_copy.drop()
+        if other[0].cast_copy is not None:
+            other[0].cast_copy.drop()
         forward(other, y).float().sum().backward()
         assert torch.equal(x.grad, y.grad)
         for ours, theirs in zip(net.parameters(), other.parameters()):
@@ -87,9 +88,21 @@ def replace_the_parameter(net):
     net[0].weight = nn.Parameter(net[0].weight.detach() * 2.0, requires_grad=False)
 
 
-@pytest.mark.parametrize(
-    "change", [write_in_place, load_a_state_dict, set_data, set_data_at_the_same_address, replace_the_parameter]
-)
+def transpose_the_data(net):
+    net[0].weight.data = net[0].weight.data.t()
+
+
+CHANGES = [
+    write_in_place,
+    load_a_state_dict,
+    set_data,
+    set_data_at_the_same_address,
+    replace_the_parameter,
+    transpose_the_data,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_weight_is_cast_anew(change):
     net = adapted()
     before = forward(net)
@@ -174,6 +187,14 @@ def test_a_layer_that_is_plain_again_keeps_nothing(leave):
     assert "cast_copy" not in vars(net[0])
 
 
+@pytest.mark.parametrize("where", [torch.bfloat16, "meta"])
+def test_a_module_that_is_moved_or_cast_leaves_no_copy_behind(where):
+    net = adapted()
+    forward(net)
+    net.to(where)
+    assert kept(net) is None
+
+
 def test_a_base_that_is_in_the_dtype_already_is_not_copied():
     net = adapted().to(torch.bfloat16)
     forward(net)
@@ -188,11 +209,46 @@ class Fitted(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         loss = self.net(batch).float().square().mean()
-        self.copies.append(self.net[0].cast_copy.kept)
+        self.copies.append(kept(self.net))
         return loss
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Written(Fitted):
+    """Writes where autograd does not look, in the hooks in which users do such things."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.seen.append(torch.equal(self.copies[-1], self.net[0].weight.to(torch.bfloat16)))
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.net(batch)
+        assert kept(self.net) is None
+
+    def on_train_epoch_start(self):
+        self.net[0].weight.data.mul_(1.5)
+
+    def on_validation_epoch_end(self):
+        self.net[0].weight.data.mul_(1.5)
+
+
+def test_a_write_through_data_in_a_hook_of_an_epoch_or_a_validation_is_seen(tmp_path):
+    module = Written()
+    rows = torch.utils.data.DataLoader(torch.randn(16, 32), batch_size=4)
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, max_epochs=2, precision="bf16-mixed", callbacks=[LoRACallback(print_report=False)],
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, val_check_interval=2,
+    )  # fmt: skip
+    trainer.fit(module, rows, rows)
+    assert module.seen == [True] * 8
 
 
 def test_a_fit_keeps_one_copy_from_step_to_step_and_gives_it_back(tmp_path):
@@ -203,6 +259,7 @@ def test_a_fit_keeps_one_copy_from_step_to_step_and_gives_it_back(tmp_path):
         enable_checkpointing=False,
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(torch.randn(8, 32), batch_size=4))
-    assert module.copies[0] is not None
-    assert all(copied is module.copies[0] for copied in module.copies)
+    first, second = module.copies[:2], module.copies[2:]  # of each epoch
+    assert first[0] is not None and first[0] is first[1]
+    assert second[0] is not None and second[0] is second[1]
     assert kept(module.net) is None

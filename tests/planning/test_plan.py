@@ -31,9 +31,8 @@ FORMATS = (NF4, QuantizationConfig(double_quant=True), QuantizationConfig(quant_
 
 
 def step_of(plan):
-    """What forward and backward add, without the batch and what an earlier step has left."""
-    there = ("batch", "weights cast for autocast")
-    return sum(size for part, size in plan.step.backward.items() if part not in there)
+    """What forward and backward add, without the batch, which is there before."""
+    return sum(plan.step.backward.values()) - plan.step.backward.get("batch", 0)
 
 
 def on_meta(build):
@@ -423,3 +422,26 @@ def test_gb_and_gib_are_told_apart_and_the_plan_is_json():
     assert values["peak"] == plan.peak
     text = told(plan)
     assert "base weights" in text and "GiB" in text and "lm_head" in text
+
+
+def test_a_peak_before_the_first_adapted_layer_counts_the_casts_that_an_earlier_step_left():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+
+        def forward(self, x):
+            with torch.no_grad():
+                scale = (x.unsqueeze(-1) * torch.ones(200_000)).mean()
+            return self.layers(x * scale)
+
+    def step(module, batch):
+        return module(batch).float().square().mean()
+
+    config = LoRAConfig(rank=2, target_modules="all-linear")
+    plan = plan_memory(
+        Wide(), config, batch=torch.randn(1, 256)[:, :4].repeat(1, 64), precision="bf16-mixed", step=step
+    )
+    assert plan.step.casts == 4 * 256 * 256 * 2
+    assert plan.moment == "forward"
+    assert plan.parts["weights cast for autocast"] == plan.step.casts

@@ -2,9 +2,9 @@
 
 Autocast keeps the casts of leaves that require gradients alone
 (https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/autocast_mode.cpp, ``cached_cast``), so a frozen fp32
-weight is cast in every pass. A training step without recomputation holds the casts of all layers at the end of its
-forward pass anyway; holding them until the next step raises no peak. Where activations are recomputed or moved away
-to save memory, no copy is made.
+weight is cast in every pass. The forward pass of a training step without recomputation holds the casts of all layers
+when it ends anyway, so a step of one forward and one backward pass has the same peak with copies that stay. Where
+activations are recomputed or moved away to save memory, no copy is made.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ class _Source(NamedTuple):
 
     storage: StorageWeakRef
     address: int
+    shape: torch.Size
+    strides: tuple[int, ...]
     version: int
 
 
 def _source_of(weight: Tensor) -> _Source:
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
-    return _Source(storage, weight.data_ptr(), weight._version)
+    return _Source(storage, weight.data_ptr(), weight.shape, weight.stride(), weight._version)
 
 
 class CastCopy:
     """The copy of one weight, made anew when the weight is another one or was written to.
 
-    What autograd can't see either, a write through ``weight.data``, is not seen.
+    What autograd can't see either is not seen: a write in place through ``weight.data`` or numpy. The callback drops
+    the copies before each validation and with the first batch of an epoch.
     """
 
     def __init__(self) -> None:
@@ -47,7 +50,7 @@ class CastCopy:
             return self._copy
         self.drop()
         cast = weight.detach().to(dtype)
-        if _may_keep():
+        if may_keep():
             self._copy, self._source = cast, _source_of(weight)
         return cast
 
@@ -67,7 +70,7 @@ class CastCopy:
         return CastCopy, ()
 
 
-def _may_keep() -> bool:
+def may_keep() -> bool:
     """Whether the pass is a forward pass of training that keeps its activations in place."""
     return (
         torch.is_grad_enabled()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.errors import UnsupportedSetupError
-from lightning_lora.fused import CastCopy
+from lightning_lora.fused.cast_copy import CastCopy, may_keep
 from lightning_lora.fused.dropout import fixed_seed
 from lightning_lora.gradient_checkpointing.repeated import repeated_blocks
 from lightning_lora.layers import adapted_layers
@@ -32,7 +32,6 @@ ACTIVATIONS = "activations"
 HEAD = "logits and loss"
 GRADIENTS = "gradients"
 DEQUANTIZED = "dequantized weights"
-CASTS = "weights cast for autocast"
 TEMPORARY = "backward temporaries"
 
 
@@ -44,12 +43,14 @@ class StepMemory:
         kept: Alive when the forward pass has ended, waiting for the backward pass; without the batch and what stays.
         forward: Alive at the peak of the forward pass, by part.
         backward: Alive at the peak of the backward pass, by part; empty if there was none.
+        casts: Of weights cast for autocast, which stay from step to step; not in the parts above.
         unknown_reads: How often the step asked for a floating-point number, as ``loss.item()`` does, and got NaN.
     """
 
     kept: int
     forward: Mapping[str, int]
     backward: Mapping[str, int]
+    casts: int = 0
     unknown_reads: int = 0
 
 
@@ -112,7 +113,7 @@ class _Run:
         for layer in coded_layers(twin):
             layer.note = self._dequantized
         for _, adapted in adapted_layers(twin):
-            adapted.cast_copy = _CountedCast(self._cast)
+            adapted.cast_copy = _CountedCast(live)
         for parameter in twin.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._count_gradient)  # type: ignore[no-untyped-call]
@@ -124,14 +125,14 @@ class _Run:
         live.part = ACTIVATIONS
         with self._precision.forward():
             loss = loss_of(step(self._twin, batch))
-        kept = live.total - sum(live.current[part] for part in (BATCH, GRADIENTS, CASTS))
+        kept = live.total - live.current[BATCH] - live.current[GRADIENTS]
         forward = live.take_peak()
         if backward:
             self._in_backward = True
             live.part = HEAD if self._has_blocks else TEMPORARY
             loss.backward()  # type: ignore[no-untyped-call]
         parts = live.take_peak() if backward else {}
-        return StepMemory(kept=kept, forward=forward, backward=parts, unknown_reads=live.unknown_reads)
+        return StepMemory(kept, forward, parts, casts=live.left_out, unknown_reads=live.unknown_reads)
 
     def _enter(self, part: str) -> None:
         if not self._in_backward:
@@ -152,9 +153,6 @@ class _Run:
         self._live.count(dense, DEQUANTIZED)
         return dense
 
-    def _cast(self, copied: Tensor) -> None:
-        self._live.count(copied, CASTS)
-
     def _count_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             self._live.count(parameter.grad, GRADIENTS)
@@ -167,18 +165,19 @@ class _Run:
 
 
 class _CountedCast(CastCopy):
-    """Says what it keeps: that is there from step to step."""
+    """What it keeps is there from step to step: also before the layer is called."""
 
-    def __init__(self, note: Callable[[Tensor], None]) -> None:
+    def __init__(self, live: LiveBytes) -> None:
         super().__init__()
-        self._note = note
+        self._live = live
 
     @override
     def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        cast = super().of(weight, dtype)
-        if self.kept is not None:
-            self._note(cast)
-        return cast
+        self._live.leaves_out = may_keep()
+        try:
+            return super().of(weight, dtype)
+        finally:
+            self._live.leaves_out = False
 
 
 def weightless(example: Any) -> Any:

@@ -37,6 +37,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         current: Live bytes by part.
         at_peak: Live bytes by part at the moment when their sum was largest.
         unknown_reads: How often code asked for a number that nobody knows.
+        leaves_out: Whether what is created now will be there all the time, and is summed up apart.
+        left_out: That sum.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -45,6 +47,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.current: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self.unknown_reads = 0
+        self.leaves_out = False
+        self.left_out = 0
         self._known = {_key(tensor) for tensor in known}
         self._live: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._total = 0
@@ -73,6 +77,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._known:
             return
         size = storage.nbytes()
+        if self.leaves_out:
+            self._known.add(key)
+            self.left_out += size
+            return
         if key in self._live:
             reference, old, _ = self._live[key]
             self.current[old] -= size

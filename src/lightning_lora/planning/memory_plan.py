@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora.planning.dry_run import CASTS, GRADIENTS, StepMemory
+from lightning_lora.planning.dry_run import GRADIENTS, StepMemory
 from lightning_lora.planning.search import largest_that_fits
 from lightning_lora.planning.units import GB, GIB, in_gb
 
@@ -18,6 +18,7 @@ WEIGHTS = "base weights"
 ADAPTERS = "adapters"
 OPTIMIZER = "optimizer state"
 WORKSPACE = "optimizer workspace"
+CASTS = "weights cast for autocast"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class MemoryPlan:
     def between_steps(self) -> dict[str, int]:
         """Bytes by part that are there all the time, beside gradients and the batch."""
         fixed = {WEIGHTS: self.base.total, ADAPTERS: self.adapters, OPTIMIZER: self.optimizer_state}
-        return {**fixed, CASTS: self.step.forward[CASTS]} if CASTS in self.step.forward else fixed
+        return {**fixed, CASTS: self.step.casts} if self.step.casts else fixed
 
     @property
     def moment(self) -> str:

@@ -3,7 +3,8 @@
 A block's constant is its largest absolute value, so one outlier makes the codes of all others coarse. Clipping it costs
 an error in one place and less in the others: the search that the reference implementation of AWQ (arXiv:2306.00978)
 calls ``auto_clip``, here for the weights' own error, so that it needs no data. Of normal weights in blocks of 64, the
-squared error of NF4 gets 15 % smaller; the codes are bitsandbytes' own and take no more room or time.
+squared error of NF4 gets 11 % smaller, that of FP4 13 %; the codes are bitsandbytes' own and take no more room or
+time. The search comes before constants are rounded to 8 bits themselves (``double_quant``).
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ class QuantizationConfig:
             less a parameter at ``block_size=64``.
         block_size: Values that share one constant, of 4-bit types.
         clip_search: Clip the values of a 4-bit block where that makes its squared error smaller, see
-            :mod:`lightning_lora.quantization.clipping`. Quantizing takes six times as long; what is stored has the same
-            form and size.
+            :mod:`lightning_lora.quantization.clipping`. Quantizing takes some eight times as long; what is stored has
+            the same form and size.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, in which the products with the dequantized
             weights run; None: autocast's under autocast, else that of the layer's input.
         storage_dtype: Dtype of the tensors that hold the 4-bit codes, ``"uint8"``, ``"float32"``, ``"bfloat16"`` or
