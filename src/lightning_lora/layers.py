@@ -88,7 +88,8 @@ class AdaptedLayer(SwappedClass):
         if weight.dtype != dtype:
             if not is_cast:
                 return None
-            self.cast_copy = self.cast_copy or CastCopy()
+            if self.cast_copy is None:
+                self.cast_copy = CastCopy()
             weight = self.cast_copy.of(weight, dtype)
         return Frozen(self.as_matrix(weight), bias)
 

@@ -257,26 +257,19 @@ def unmerge_for_now(module: nn.Module) -> Callable[[], None]:
 def _take_back(module: nn.Module, merged: MergedState) -> None:
     """Make the layers that a merge has reached what they were before it."""
     assert merged.weights is not None
-    layers = dict(module.named_modules())
+    layers = {canonical(name): child for name, child in module.named_modules()}
     for name, kept in merged.weights.items():
-        put_back(layers[name], kept)
+        put_back(layers[canonical(name)], kept)
     for name, adapters in merged.adapters.items():
-        layer = attach_adapter(layers[name], next(iter(adapters)))
+        layer = attach_adapter(layers[canonical(name)], next(iter(adapters)))
         layer.adapters, layer.active = adapters, merged.active[name]
     note_siblings(module)
 
 
 def _unfold(module: nn.Module, record: Record, merged: MergedState) -> None:
-    assert merged.weights is not None
-    layers = {canonical(name): child for name, child in module.named_modules()}
-    for name, kept in merged.weights.items():
-        put_back(layers[canonical(name)], kept)
-        if name not in merged.adapters:
-            continue
-        layer = attach_adapter(layers[canonical(name)], next(iter(merged.adapters[name])))
-        layer.adapters = merged.adapters[name].to(layer.weight.device).train(layer.training)
-        layer.active = merged.active[name]
-    note_siblings(module)
+    _take_back(module, merged)
+    for _, layer in adapted_layers(module):  # which may have moved or changed its mode while it was plain
+        layer.adapters.to(layer.weight.device).train(layer.training)
     if merged.redeclare is not None:
         merged.redeclare()
         merged.redeclare = None
