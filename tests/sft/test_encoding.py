@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_lora.sft.chat import Example, chat_prompt, shown_prompt
-from lightning_lora.sft.encoding import IGNORED, collate, encode, length_buckets
+from lightning_lora.sft.encoding import IGNORED, collate, collate_packed, encode
 from lightning_lora.sft.messages import company_messages
 from lightning_lora.sft.pretrained import load_tokenizer
 
@@ -65,12 +65,17 @@ def test_padding_is_on_the_left_and_masked(rows, tokenizer):
         assert mask[-1] == 1
 
 
-def test_buckets_hold_every_row_once_and_waste_less(rows, tokenizer):
-    buckets = length_buckets(rows, 2)
-    assert [len(bucket) for bucket in buckets] == [2, 2, 2, 2, 1]
-    assert sorted(id(row) for bucket in buckets for row in bucket) == sorted(map(id, rows))
-
-    def padding(groups):
-        return sum(max(map(len, group)) * len(group) - sum(map(len, group)) for group in groups)
-
-    assert padding(buckets) < padding([rows[start : start + 2] for start in range(0, len(rows), 2)])
+def test_examples_that_share_a_row_each_start_at_position_zero(rows, tokenizer):
+    batch = collate_packed([rows[:2], rows[2:3]], pad_id=tokenizer.pad_token_id)
+    first, second, third = rows[:3]
+    assert batch["attention_mask"] is None
+    assert batch["input_ids"].shape == batch["position_ids"].shape == (2, max(len(first) + len(second), len(third)))
+    for row, held in zip(range(2), ((first, second), (third,)), strict=True):
+        length = sum(map(len, held))
+        ids = [i for example in held for i in example.prompt_ids + example.answer_ids]
+        assert batch["input_ids"][row, -length:].tolist() == ids
+        assert batch["position_ids"][row, -length:].tolist() == [i for example in held for i in range(len(example))]
+        learned = batch["labels"][row] != IGNORED
+        assert batch["labels"][row][learned].tolist() == [i for example in held for i in example.answer_ids]
+        assert not learned[:-length].any()
+    assert batch["expected"] == [example.expected for example in rows[:3]]

@@ -66,6 +66,7 @@ def test_padding_more_changes_no_loss_and_no_answer(module, batches):
     for key, filler in (
         ("input_ids", 2),
         ("attention_mask", 0),
+        ("position_ids", 0),
         ("labels", -100),
         ("prompt_ids", 2),
         ("prompt_mask", 0),

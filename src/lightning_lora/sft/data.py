@@ -10,8 +10,9 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from lightning_lora.sft.batching import BATCHING, by_length
 from lightning_lora.sft.chat import Example, chat_prompt
-from lightning_lora.sft.encoding import Batch, collate, encode, length_buckets
+from lightning_lora.sft.encoding import Batch, encode
 from lightning_lora.sft.messages import company_messages
 from lightning_lora.sft.pretrained import SMOLLM2, load_tokenizer
 from lightning_lora.sft.records import e2e_example, read_records, snips_example
@@ -30,8 +31,10 @@ class JSONTask(L.LightningDataModule):
     Args:
         pretrained: Whose tokenizer to use; give the same name as to the module.
         instruction: The user's turn, with ``{text}`` where the message goes.
-        batch_size: Rows of a training batch.
-        eval_batch_size: Rows of a validation or test batch.
+        batch_size: Examples of a training batch.
+        eval_batch_size: Examples of a validation or test batch.
+        batching: Which examples a training batch gets: ``"by_length"`` those of like length, next to no padding;
+            ``"as_drawn"`` any; ``"packed"`` any, the short ones in rows that they share.
         train_size: Examples to train on.
         validation_size: Examples for the validation loss.
         test_size: Examples to answer in a test.
@@ -39,7 +42,7 @@ class JSONTask(L.LightningDataModule):
         seed: Of the choice and order of the examples.
 
     Raises:
-        ValueError: A size is below one, or ``instruction`` has no ``{text}``.
+        ValueError: A size is below one, ``batching`` is unknown, or ``instruction`` has no ``{text}``.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class JSONTask(L.LightningDataModule):
         instruction: str = "{text}\nReply with JSON.",
         batch_size: int = 8,
         eval_batch_size: int = 32,
+        batching: str = "by_length",
         train_size: int = 800,
         validation_size: int = 48,
         test_size: int = 100,
@@ -60,6 +64,7 @@ class JSONTask(L.LightningDataModule):
         self.instruction = instruction
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
+        self.batching = batching
         self.sizes = {"train": train_size, "validation": validation_size, "test": test_size}
         self.shots = shots
         self.seed = seed
@@ -81,13 +86,14 @@ class JSONTask(L.LightningDataModule):
             examples = self.examples(split, self.sizes[split])
             prompts = [chat_prompt(example.text, instruction=self.instruction, shots=shots) for example in examples]
             encoded = [encode(p, example.answer, tokenizer) for p, example in zip(prompts, examples, strict=True)]
-            size = self.batch_size if split == "train" else self.eval_batch_size
-            self._batches[split] = [
-                collate(rows, pad_id=tokenizer.pad_token_id) for rows in length_buckets(encoded, size)
-            ]
+            if split == "train":
+                batches = BATCHING[self.batching](encoded, self.batch_size, tokenizer.pad_token_id)
+            else:
+                batches = by_length(encoded, self.eval_batch_size, tokenizer.pad_token_id)
+            self._batches[split] = batches
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Batches of like length, in a new order each epoch."""
+        """The training batches, in a new order each epoch."""
         return self._loader("train", EpochShuffle(len(self._batches["train"]), seed=self.seed))
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -115,6 +121,8 @@ class JSONTask(L.LightningDataModule):
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name}={count} of {type(self).__name__} must be 1 or more.")
+        if self.batching not in BATCHING:
+            raise ValueError(f"batching={self.batching!r} is unknown; use one of {', '.join(BATCHING)}.")
         if "{text}" not in self.instruction:
             raise ValueError(f"instruction={self.instruction!r} has no {{text}}: say where the message goes.")
 

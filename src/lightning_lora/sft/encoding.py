@@ -1,4 +1,4 @@
-"""From examples to padded batches: labels on the answer only, batches of like length.
+"""From examples to padded batches, with labels on the answers only.
 
 Everything is padded on the left, for training as for generation: answers end together, so that logits are
 needed for the last columns only, and the model sees prompts in the same form when it learns and when it
@@ -19,13 +19,17 @@ IGNORED = -100  # the label that cross_entropy leaves out
 
 
 class Batch(TypedDict):
-    """One batch; B rows, T tokens of prompt and answer, P tokens of prompt alone, all int64."""
+    """One batch of N examples in B rows; T tokens of prompts and answers, P of one prompt alone, all int64.
+
+    B is less than N where short examples share a row: each starts again at position 0, and no mask is needed.
+    """
 
     input_ids: torch.Tensor  # (B, T)
-    attention_mask: torch.Tensor  # (B, T)
-    labels: torch.Tensor  # (B, T), IGNORED outside the answer
-    prompt_ids: torch.Tensor  # (B, P)
-    prompt_mask: torch.Tensor  # (B, P)
+    attention_mask: torch.Tensor | None  # (B, T), None where examples share rows
+    position_ids: torch.Tensor  # (B, T)
+    labels: torch.Tensor  # (B, T), IGNORED outside the answers
+    prompt_ids: torch.Tensor  # (N, P)
+    prompt_mask: torch.Tensor  # (N, P)
     prompts: list[str]
     expected: list[str]
 
@@ -54,26 +58,42 @@ def encode(prompt: str, answer: str, tokenizer: Any) -> Encoded:
     )
 
 
-def length_buckets(encoded: Sequence[Encoded], batch_size: int) -> list[list[Encoded]]:
-    """Group examples of like length, so that little is computed on padding."""
-    by_length = sorted(encoded, key=len)
-    return [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+def collate(examples: Sequence[Encoded], *, pad_id: int) -> Batch:
+    """Pad examples on the left into one batch, each in a row of its own."""
+    batch = collate_packed([[example] for example in examples], pad_id=pad_id)
+    mask = _mask([example.prompt_ids + example.answer_ids for example in examples])
+    batch["attention_mask"] = mask
+    batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return batch
 
 
-def collate(rows: Sequence[Encoded], *, pad_id: int) -> Batch:
-    """Pad rows on the left into one batch."""
-    sequences = [row.prompt_ids + row.answer_ids for row in rows]
-    labels = [[IGNORED] * len(row.prompt_ids) + row.answer_ids for row in rows]
-    prompts = [row.prompt_ids for row in rows]
+def collate_packed(rows: Sequence[Sequence[Encoded]], *, pad_id: int) -> Batch:
+    """Lay the examples of a row one after the other, and pad the rows on the left.
+
+    A model tells the examples of a row apart by their positions; the padding counts as one more of them.
+    """
+    examples = [example for row in rows for example in row]
+    prompts = [example.prompt_ids for example in examples]
+    widest = max(sum(map(len, row)) for row in rows)
+    paddings = [widest - sum(map(len, row)) for row in rows]
     return Batch(
-        input_ids=_pad_left(sequences, pad_id),
-        attention_mask=_mask(sequences),
-        labels=_pad_left(labels, IGNORED),
+        input_ids=_pad_left([[i for e in row for i in e.prompt_ids + e.answer_ids] for row in rows], pad_id),
+        attention_mask=None,
+        position_ids=torch.tensor(
+            [_positions([left, *map(len, row)]) for left, row in zip(paddings, rows, strict=True)]
+        ),
+        labels=_pad_left(
+            [[i for e in row for i in [IGNORED] * len(e.prompt_ids) + e.answer_ids] for row in rows], IGNORED
+        ),
         prompt_ids=_pad_left(prompts, pad_id),
         prompt_mask=_mask(prompts),
-        prompts=[row.prompt for row in rows],
-        expected=[row.expected for row in rows],
+        prompts=[example.prompt for example in examples],
+        expected=[example.expected for example in examples],
     )
+
+
+def _positions(lengths: Sequence[int]) -> list[int]:
+    return [position for length in lengths for position in range(length)]
 
 
 def _pad_left(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
 from lightning_lora.sft.encoding import IGNORED, Batch
 from lightning_lora.sft.generation import greedy_answers
+from lightning_lora.sft.loss import answer_loss, head_makes_logits, loss_of_logits, tells_packed_apart
 from lightning_lora.sft.metrics import ExactMatch, FieldF1, ValidJSON
 from lightning_lora.sft.precision import has_fast_bfloat16
 from lightning_lora.sft.pretrained import SMOLLM2, load_pretrained
@@ -37,6 +38,7 @@ class SFTModule(L.LightningModule):
         autocast: ``"auto"`` trains in bfloat16 where the hardware has it, ``"bfloat16"`` always, ``"off"``
             leaves it to the Trainer's ``precision``.
         max_new_tokens: Longest answer in a test.
+        logits_chunk: Answered tokens that have logits at a time: a large vocabulary makes them the dearest activation.
 
     Attributes:
         samples: After a test run, one ``{"prompt", "expected", "answer"}`` for each message, in the data's
@@ -57,6 +59,7 @@ class SFTModule(L.LightningModule):
         dtype: str = "float32",
         autocast: str = "auto",
         max_new_tokens: int = 96,
+        logits_chunk: int = 512,
     ) -> None:
         super().__init__()
         _check(
@@ -64,6 +67,7 @@ class SFTModule(L.LightningModule):
             warmup_steps=warmup_steps,
             autocast=autocast,
             max_new_tokens=max_new_tokens,
+            logits_chunk=logits_chunk,
         )
         self.save_hyperparameters()
         self.learning_rate = learning_rate
@@ -71,7 +75,9 @@ class SFTModule(L.LightningModule):
         self.warmup_steps = warmup_steps
         self.autocast = autocast
         self.max_new_tokens = max_new_tokens
+        self.logits_chunk = logits_chunk
         self.model, self.tokenizer = load_pretrained(pretrained, dtype=dtype)
+        self._head_makes_logits, self._tells_packed_apart = _proved(self.model)
         self.validation_loss = MeanMetric()
         self.test_loss = MeanMetric()
         self.valid_json = ValidJSON()
@@ -129,22 +135,17 @@ class SFTModule(L.LightningModule):
     def answer_loss(self, batch: Batch) -> torch.Tensor:
         """Return the mean cross-entropy over the answers' tokens, a scalar.
 
-        Args:
-            batch: Rows padded on the left, ``labels`` IGNORED outside the answers.
+        Raises:
+            ValueError: Examples share rows, and the model can't tell them apart.
         """
-        width = int((batch["labels"] != IGNORED).any(dim=0).sum())
-        mask = batch["attention_mask"]
-        # A large vocabulary makes logits the dearest activation, so only the last columns get them: the
-        # answers end together there.
-        logits = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=width + 1,
-        ).logits
-        predicted = logits[:, :-1].flatten(0, 1).float()
-        return cross_entropy(predicted, batch["labels"][:, -width:].flatten(), ignore_index=IGNORED)
+        if batch["attention_mask"] is None and not self._tells_packed_apart:
+            raise ValueError(
+                f"{type(self.model).__name__} reads examples that share a row as one text, so batching='packed' would "
+                "train it on other texts than those given. Use batching='by_length'."
+            )
+        if not self._head_makes_logits:
+            return loss_of_logits(self.model, batch)
+        return answer_loss(self.model, batch, chunk_tokens=self.logits_chunk)
 
     def answer(self, batch: Batch) -> list[str]:
         """Return the greedy answers, without special tokens and outer white space."""
@@ -188,12 +189,21 @@ def _answered(batch: Batch) -> torch.Tensor:
     return (batch["labels"] != IGNORED).sum()
 
 
-def _check(*, learning_rate: float, warmup_steps: int, autocast: str, max_new_tokens: int) -> None:
+def _proved(model: Any) -> tuple[bool, bool]:
+    was_training = model.training
+    model.eval()
+    proofs = head_makes_logits(model), tells_packed_apart(model)
+    model.train(was_training)
+    return proofs
+
+
+def _check(*, learning_rate: float, warmup_steps: int, autocast: str, max_new_tokens: int, logits_chunk: int) -> None:
     if learning_rate <= 0:
         raise ValueError(f"learning_rate={learning_rate} must be above zero.")
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps} must not be negative.")
     if autocast not in AUTOCAST_CHOICES:
         raise ValueError(f"autocast={autocast!r} is unknown; use one of {', '.join(AUTOCAST_CHOICES)}.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
+    for name, count in (("max_new_tokens", max_new_tokens), ("logits_chunk", logits_chunk)):
+        if count < 1:
+            raise ValueError(f"{name}={count} must be 1 or more.")
