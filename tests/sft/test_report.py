@@ -8,12 +8,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_lora import LoRACallback, LoRAConfig, MergeConfig
+from lightning_lora import LoRACallback, LoRAConfig, MergeConfig, QuantizationConfig, inject_adapters
 from lightning_lora.errors import MergeError
 from lightning_lora.sft.data import CompanyMessages
 from lightning_lora.sft.module import SFTModule
 from lightning_lora.sft.proof import compare_answers, find_model_folder
-from lightning_lora.sft.report import BeforeAfterReport
+from lightning_lora.sft.report import BeforeAfterReport, _base_bytes
 
 pytestmark = pytest.mark.slow  # new processes import transformers
 
@@ -114,3 +114,12 @@ def test_a_folder_that_cannot_be_opened_is_an_error_with_its_reason(tmp_path):
 def test_a_report_without_its_tests_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match="record_before"):
         BeforeAfterReport(str(tmp_path)).write(trainer=L.Trainer(logger=False), lora=LoRACallback(), seconds=0.0)
+
+
+def test_the_base_in_4_bits_counts_codes_and_constants_and_no_adapter(tiny_pretrained):
+    pytest.importorskip("bitsandbytes", reason="a 4-bit base needs bitsandbytes")
+    module = SFTModule(pretrained=tiny_pretrained)
+    dense = _base_bytes(module)
+    linear = sum(layer.weight.numel() for layer in module.model.model.layers.modules() if hasattr(layer, "in_features"))
+    inject_adapters(module, LoRAConfig(rank=2), quantization=QuantizationConfig(quant_type="nf4", block_size=64))
+    assert _base_bytes(module) == dense - 4 * linear + linear // 2 + 4 * linear // 64

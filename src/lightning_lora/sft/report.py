@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.sft.curve import draw_loss_curve, require_matplotlib
 from lightning_lora.sft.proof import compare_answers, find_model_folder
 from lightning_lora.sft.tables import merge_lines, sample_table, score_table, size_line
 
 if TYPE_CHECKING:
     import lightning as L
+    from torch import Tensor
 
     from lightning_lora import LoRACallback
     from lightning_lora.sft.module import SFTModule
@@ -161,13 +163,12 @@ def _scores(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _base_bytes(model: SFTModule) -> int:
-    """Bytes of the base's weights; a tied tensor counts once, adapters don't."""
-    tensors = {
-        parameter.data_ptr(): parameter.numel() * parameter.element_size()
-        for name, parameter in model.named_parameters()
-        if ".adapters." not in name
-    }
-    return sum(tensors.values())
+    """Bytes of the base's weights, with the constants of quantized ones; a tied tensor counts once, adapters don't."""
+    tensors: list[Tensor] = [weight for name, weight in model.named_parameters() if ".adapters." not in name]
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            tensors += module.constants().values()
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def _checkpoint_bytes(trainer: L.Trainer) -> int | None:
