@@ -19,17 +19,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks import harness, models, record, training
+from benchmarks import harness, models, peers, record, training
 
 
-def build_variants(case: models.Case) -> dict[str, nn.Module]:
-    """The models of one row. ``peft-twin`` is ``peft`` built a second time, for the harness's self-test."""
+def build_variants(case: models.Case, others: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """The models of one row, and those of ``others`` among the peers.
+
+    ``peft-twin`` is ``peft`` built a second time, for the harness's self-test.
+    """
     dense = models.build_base(case)
     base = models.as_users_have_it(dense, case)
     peft = models.with_peft(base, case)
     variants = {"peft": peft, "peft-twin": models.with_peft(base, case)}
     if case.precision == "bf16":  # over an fp32 base PEFT has this one mode only
         variants["peft-best"] = models.with_peft(base, case, cast_adapters=False)
+    variants |= {name: peers.with_peer(name, base, case, like=peft) for name in others}
     variants["ours"] = models.with_ours(dense, case, like=peft)
     variants["frozen"] = models.frozen_floor(base, case)
     if case.compiled:
@@ -38,12 +42,15 @@ def build_variants(case: models.Case) -> dict[str, nn.Module]:
     return variants
 
 
-def measure(case: models.Case, *, rounds: int, clock: str, optimizer: bool = False) -> dict[str, Any]:
+def measure(
+    case: models.Case, *, rounds: int, clock: str, optimizer: bool = False, others: Sequence[str] = ()
+) -> dict[str, Any]:
     """All figures of one row, as plain types."""
-    steps = {
-        name: training.build_step(model, case, optimizer=optimizer) for name, model in build_variants(case).items()
-    }
+    variants = build_variants(case, others)
+    steps = {name: training.build_step(model, case, optimizer=optimizer) for name, model in variants.items()}
     agreed = training.agreement(steps["ours"], steps["peft"], precision=case.precision)
+    for name in others:
+        training.agreement(steps[name], steps["peft"], precision=case.precision)
     sizes = {name: training.measure_memory(step) for name, step in steps.items() if name != "peft-twin"}
     timings = harness.interleave(steps, rounds=rounds, clock=harness.CLOCKS[clock])
     best = "peft-best" if "peft-best" in steps else "peft"
@@ -56,6 +63,7 @@ def measure(case: models.Case, *, rounds: int, clock: str, optimizer: bool = Fal
             "ours_to_peft_best": timings.ratio("ours", to=best).to_dict(),
             "ours_to_frozen": timings.ratio("ours", to="frozen").to_dict(),
             "peft_to_frozen": timings.ratio("peft", to="frozen").to_dict(),
+            **{f"ours_to_{name}": timings.ratio("ours", to=name).to_dict() for name in others},
         },
         "memory": sizes,
         "median_seconds": {name: timings.median(name) for name in steps},
@@ -86,7 +94,13 @@ def table(rows: Sequence[dict[str, Any]], *, title: str) -> Table:
     """The rows for a reader; ratios below 1 mean that ours is faster."""
     view = Table(title=title)
     headings = ("precision", "targets", "dropout", "self-test", "ours/PEFT", "ours/PEFT best", "ours/frozen")
-    for heading in (*headings, "saved MiB ours | PEFT | best", "peak MiB ours | PEFT | best"):
+    others = [name for name in peers.PEERS if f"ours_to_{name}" in rows[0]["ratios"]]
+    for heading in (
+        *headings,
+        *(f"ours/{name}" for name in others),
+        "saved MiB ours | PEFT | best",
+        "peak MiB ours | PEFT | best",
+    ):
         view.add_column(heading)
     for row in rows:
         case, ratios = row["case"], row["ratios"]
@@ -94,6 +108,7 @@ def table(rows: Sequence[dict[str, Any]], *, title: str) -> Table:
         view.add_row(
             *(case["precision"], case["targets"], str(case["dropout"]), self_test),
             *(_ratio(ratios[name]) for name in ("ours_to_peft", "ours_to_peft_best", "ours_to_frozen")),
+            *(_ratio(ratios[f"ours_to_{name}"]) for name in others),
             *(_mebibytes(row["memory"], field) for field in ("saved_bytes", "peak_bytes")),
         )
     return view
@@ -125,6 +140,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(harness.CLOCKS), help="default: cpu if one thread, else wall")
     parser.add_argument("--optimizer", action="store_true", help="include gradient clipping and AdamW")
+    parser.add_argument("--peers", action="store_true", help="LitGPT, torchtune and loralib, too, where installed")
     parser.add_argument("--output", type=Path, help="JSON file, e.g. benchmarks/results/step.json")
     return parser.parse_args(arguments)
 
@@ -136,9 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clock = options.clock or ("cpu" if options.threads == 1 else "wall")
     environment = record.environment()
     settings = {"clock": clock, "rounds": options.rounds, "optimizer": options.optimizer}
+    others = peers.installed() if options.peers and options.quantization is None else []
     rows: list[dict[str, Any]] = []
     for case in cases(options):
-        rows.append(measure(case, rounds=options.rounds, clock=clock, optimizer=options.optimizer))
+        rows.append(measure(case, rounds=options.rounds, clock=clock, optimizer=options.optimizer, others=others))
         gc.collect()
         if options.output:  # after every row: a grid takes long, and its first rows are worth keeping
             record.write(options.output, benchmark="step", environment=environment, settings=settings, rows=rows)

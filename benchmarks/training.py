@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks import memory, models
+from benchmarks import memory, models, peers
 from lightning_lora.layers import drop_cast_copies
+from lightning_lora.optimizers import fuse_adamw
 
 # Relative difference of the adapters' gradients (and of the loss) above which two variants are not taken for
 # the same computation. In bf16 every product is rounded to 8 bits, in another order for each implementation.
@@ -47,9 +48,11 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def build_step(model: nn.Module, case: models.Case, *, optimizer: bool) -> TrainingStep:
-    """The timed callable of one variant."""
+    """The timed callable of one variant, with AdamW as torch makes it; ours has what the callback makes of it."""
     parameters = trainable(model)
     adam = torch.optim.AdamW(parameters, lr=1e-5) if optimizer and parameters else None
+    if adam is not None and models.our_adapters(model):
+        fuse_adamw([adam])
     return TrainingStep(model, case.tokens(), case.precision == "bf16-mixed", adam)
 
 
@@ -77,7 +80,7 @@ def _loss_and_gradient(step: TrainingStep) -> tuple[float, Tensor]:
     loss = step.forward()
     loss.backward()
     step.model.train()
-    adapters = models.our_adapters(step.model) or models.peft_adapters(step.model)
+    adapters = models.our_adapters(step.model) or models.peft_adapters(step.model) or peers.adapters(step.model)
     return loss.item(), torch.cat([adapters[key].grad.float().flatten() for key in sorted(adapters)])
 
 

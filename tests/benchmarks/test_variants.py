@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import checkpoint, models, step, training
+from benchmarks import checkpoint, models, peers, step, training
 
 pytest.importorskip("peft", reason="the benchmarks compare with peft")
 # PEFT asks transformers by the old name of a property.
@@ -154,3 +154,18 @@ def test_shared_copies_keep_tied_weights_tied():
     assert copy.lm_head.weight is copy.model.embed_tokens.weight is base.lm_head.weight
     assert copy.lm_head is not base.lm_head
     assert isinstance(copy, nn.Module)
+
+
+@pytest.mark.filterwarnings("ignore")  # their imports warn of much
+@pytest.mark.parametrize("name", list(peers.PEERS))
+@pytest.mark.parametrize("changes", [{}, {"targets": "q+v"}, {"layers": "last-half"}, {"gradient_checkpointing": True}])
+def test_a_peers_layers_hold_the_same_adapters_over_the_same_weights(name, changes):
+    if name not in peers.installed():
+        pytest.skip(f"{name} is not installed: requirements-peers.txt")
+    case = tiny(**changes)
+    variants = step.build_variants(case, others=[name])
+    steps = {key: training.build_step(model, case, optimizer=False) for key, model in variants.items()}
+    assert max(training.agreement(steps[name], steps["peft"], precision="fp32").values()) < 1e-6
+    frozen = {p.data_ptr() for p in variants[name].parameters() if not p.requires_grad}
+    assert frozen <= {p.data_ptr() for p in variants["frozen"].parameters()}
+    assert len(training.trainable(variants[name])) == len(training.trainable(variants["peft"]))
