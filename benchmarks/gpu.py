@@ -65,8 +65,8 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def time_step(case: models.Case, device: torch.device, *, rounds: int) -> dict[str, Any]:
     """Ratios of wall time and peak bytes of one case."""
-    tokens = case.tokens().to(device)
-    steps = {name: training.TrainingStep(model, tokens, False) for name, model in _variants(case, device).items()}
+    inputs = _inputs(case, device)
+    steps = {name: training.TrainingStep(model, inputs, False) for name, model in _variants(case, device).items()}
     peaks = {name: _peak(step, device) for name, step in steps.items()}
     timings = harness.interleave(
         {name: _finished(step, device) for name, step in steps.items()}, rounds=rounds, clock=harness.CLOCKS["wall"]
@@ -80,6 +80,10 @@ def time_step(case: models.Case, device: torch.device, *, rounds: int) -> dict[s
         "median_seconds": {name: timings.median(name) for name in steps},
         "peak_bytes": peaks,
     }
+
+
+def _inputs(case: models.Case, device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in case.inputs().items()}
 
 
 def _variants(case: models.Case, device: torch.device) -> dict[str, nn.Module]:
@@ -120,7 +124,7 @@ def train_whole(case: models.Case, device: torch.device, *, steps: int) -> dict[
     """Peak bytes and seconds of a whole model in 4 bits with recomputation and AdamW, ours and PEFT's, and the plan."""
     plan = plan_memory(
         models.SHAPES[case.shape].config(),
-        LoRAConfig(rank=case.rank, target_modules=models.TARGETS[case.targets]),
+        LoRAConfig(rank=case.rank, target_modules=case.linear),
         batch=TokenBatch(case.batch, case.length),
         quantization=QuantizationConfig(**models.QUANTIZATIONS[case.quantization]),
         gradient_checkpointing=True,
@@ -150,7 +154,7 @@ def _trained(model: nn.Module, case: models.Case, device: torch.device, *, steps
     if device.type == "cuda":
         torch.cuda.empty_cache()
     optimizer = torch.optim.AdamW(training.trainable(model), lr=1e-4, fused=True)
-    step = training.TrainingStep(model, case.tokens().to(device), False, optimizer)
+    step = training.TrainingStep(model, _inputs(case, device), False, optimizer)
     step()
     meter = PeakMeter(device)
     meter.start((*model.parameters(), *model.buffers()))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 PRECISIONS = ("bf16", "fp32", "bf16-mixed")
 QUANTIZATIONS: dict[str | None, dict[str, Any]] = {
@@ -17,8 +17,7 @@ QUANTIZATIONS: dict[str | None, dict[str, Any]] = {
     "nf4": {"quant_type": "nf4"},
     "nf4-double": {"quant_type": "nf4", "double_quant": True},
 }
-TARGETS: dict[str, str | list[str]] = {"all-linear": "all-linear", "q+v": ["q_proj", "v_proj"]}
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS: dict[str, list[str]] = {"all-linear": [], "q+v": ["q_proj", "v_proj"]}  # all-linear: those of the shape
 LAYERS = ("all", "last-half")
 _PEFT_KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.(?P<factor>lora_[AB])\.default\.weight$")
 _OUR_KEY = re.compile(r"^(?P<layer>.+)\.adapters\.default\.(?P<factor>lora_[AB])$")
@@ -34,6 +33,7 @@ class Shape:
     heads: int
     key_value_heads: int
     vocabulary: int
+    linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
@@ -49,13 +49,53 @@ class Shape:
             attn_implementation="sdpa",
         )
 
+    def build(self) -> nn.Module:
+        return LlamaForCausalLM(self.config())
 
-SHAPES = {
+    def inputs(self, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random token ids, int64 ``[batch, length]``."""
+        tokens = torch.randint(self.vocabulary, (batch, length), generator=generator)
+        return {"input_ids": tokens, "labels": tokens}
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """Sizes of a vision transformer for images of 224 x 224 in patches of 16 x 16: 197 tokens."""
+
+    hidden: int
+    layers: int
+    feed_forward: int
+    heads: int
+    classes: int
+    linear = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+
+    def config(self) -> ViTConfig:
+        return ViTConfig(
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            intermediate_size=self.feed_forward,
+            num_attention_heads=self.heads,
+            num_labels=self.classes,
+            attn_implementation="sdpa",
+        )
+
+    def build(self) -> nn.Module:
+        return ViTForImageClassification(self.config())
+
+    def inputs(self, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random images, float32 ``[batch, 3, 224, 224]``; they have no length."""
+        images = torch.randn(batch, 3, 224, 224, generator=generator)
+        return {"pixel_values": images, "labels": torch.randint(self.classes, (batch,), generator=generator)}
+
+
+SHAPES: dict[str, Shape | VisionShape] = {
     "llama-8x512": Shape(512, 8, 1376, 8, 8, 4096),
     "smollm2-135m": Shape(576, 30, 1536, 9, 3, 49152),
     "llama-7b": Shape(4096, 32, 11008, 32, 32, 32000),
     "llama-7b-4-layers": Shape(4096, 4, 11008, 32, 32, 32000),
+    "vit-s": VisionShape(384, 12, 1536, 6, 1000),
     "tiny": Shape(32, 2, 64, 4, 2, 64),
+    "tiny-vit": VisionShape(32, 2, 64, 4, 8),
 }
 
 
@@ -106,17 +146,22 @@ class Case:
     def alpha(self) -> float:
         return 2.0 * self.rank
 
-    def tokens(self, *, seed: int = 0) -> Tensor:
-        """Random token ids, int64 ``[batch, length]``."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(SHAPES[self.shape].vocabulary, (self.batch, self.length), generator=generator)
+    @property
+    def linear(self) -> list[str]:
+        """Names of the layers that get adapters."""
+        return list(SHAPES[self.shape].linear) if self.targets == "all-linear" else TARGETS[self.targets]
+
+    def inputs(self, *, seed: int = 0) -> dict[str, Tensor]:
+        """A random batch, by the names that the model gives its arguments."""
+        drawn = SHAPES[self.shape].inputs(self.batch, self.length, torch.Generator().manual_seed(seed))
+        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in drawn.items()}
 
 
-def build_base(case: Case) -> LlamaForCausalLM:
-    """A randomly initialised Llama of the case's shape and dtype."""
+def build_base(case: Case) -> nn.Module:
+    """A randomly initialised model of the case's shape and dtype."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(SHAPES[case.shape].config()).to(case.dtype)
+        return SHAPES[case.shape].build().to(case.dtype)
 
 
 def share(base: nn.Module) -> nn.Module:
@@ -178,9 +223,7 @@ def with_peft(base: nn.Module, case: Case, *, cast_adapters: bool = True) -> nn.
         r=case.rank,
         lora_alpha=case.alpha,
         lora_dropout=case.dropout,
-        # With layers_to_transform it takes names only.
-        target_modules=ALL_LINEAR if case.targets == "all-linear" and case.adapted_layers else TARGETS[case.targets],
-        task_type="CAUSAL_LM",
+        target_modules=case.linear,
     )
     model = get_peft_model(model, config, autocast_adapter_dtype=cast_adapters)
     draw_adapters(model)
@@ -197,7 +240,7 @@ def with_ours(base: nn.Module, case: Case, *, like: nn.Module | None) -> nn.Modu
         rank=case.rank,
         alpha=case.alpha,
         dropout=case.dropout,
-        target_modules=TARGETS[case.targets],
+        target_modules=case.linear,
         layers=case.adapted_layers,
     )
     form = QUANTIZATIONS[case.quantization]

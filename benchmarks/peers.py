@@ -22,9 +22,9 @@ def litgpt(linear: nn.Linear, case: models.Case) -> nn.Module:
     """``litgpt.lora.LoRALinear``."""
     from litgpt.lora import LoRALinear
 
-    sizes = (linear.in_features, linear.out_features)
-    layer = LoRALinear(*sizes, r=case.rank, lora_alpha=case.alpha, lora_dropout=case.dropout, bias=False)
-    layer.linear.weight = linear.weight
+    sizes, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
+    layer = LoRALinear(*sizes, r=case.rank, lora_alpha=case.alpha, lora_dropout=case.dropout, bias=has_bias)
+    layer.linear.weight, layer.linear.bias = linear.weight, linear.bias
     return layer
 
 
@@ -32,9 +32,9 @@ def torchtune(linear: nn.Linear, case: models.Case) -> nn.Module:
     """``torchtune.modules.peft.LoRALinear``."""
     from torchtune.modules.peft import LoRALinear
 
-    sizes = (linear.in_features, linear.out_features)
-    layer = LoRALinear(*sizes, rank=case.rank, alpha=case.alpha, dropout=case.dropout)
-    layer.weight = linear.weight
+    sizes, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
+    layer = LoRALinear(*sizes, rank=case.rank, alpha=case.alpha, dropout=case.dropout, use_bias=has_bias)
+    layer.weight, layer.bias = linear.weight, linear.bias
     return layer
 
 
@@ -49,9 +49,9 @@ def loralib(linear: nn.Linear, case: models.Case) -> nn.Module:
         lora_alpha=case.alpha,
         lora_dropout=case.dropout,
         merge_weights=False,
-        bias=False,
+        bias=linear.bias is not None,
     )
-    layer.weight = linear.weight
+    layer.weight, layer.bias = linear.weight, linear.bias
     return layer
 
 

@@ -35,7 +35,9 @@ def fit(module: L.LightningModule, case: models.Case, *callbacks: L.Callback) ->
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader([row for _ in range(2) for row in case.tokens()], batch_size=case.batch))
+    trainer.fit(
+        module, DataLoader([row for _ in range(2) for row in case.inputs()["input_ids"]], batch_size=case.batch)
+    )
     return trainer
 
 
@@ -43,7 +45,7 @@ def fit_ours(case: models.Case) -> L.Trainer:
     """A run with ``LoRACallback``."""
     from lightning_lora import LoRACallback, LoRAConfig
 
-    config = LoRAConfig(rank=case.rank, alpha=case.alpha, target_modules=models.TARGETS[case.targets])
+    config = LoRAConfig(rank=case.rank, alpha=case.alpha, target_modules=case.linear)
     return fit(Language(models.build_base(case)), case, LoRACallback(config))
 
 

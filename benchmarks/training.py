@@ -21,14 +21,14 @@ class TrainingStep:
     """One forward and backward pass, and the optimizer's part if it has one."""
 
     model: nn.Module
-    tokens: Tensor
+    inputs: dict[str, Tensor]
     autocast: bool
     optimizer: torch.optim.Optimizer | None = None
 
     def forward(self) -> Tensor:
-        """The causal language modelling loss."""
+        """The model's own loss."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            return self.model(input_ids=self.tokens, labels=self.tokens).loss
+            return self.model(**self.inputs).loss
 
     def clear(self) -> None:
         """Drop the gradients, as ``zero_grad(set_to_none=True)`` does."""
@@ -53,7 +53,7 @@ def build_step(model: nn.Module, case: models.Case, *, optimizer: bool) -> Train
     adam = torch.optim.AdamW(parameters, lr=1e-5) if optimizer and parameters else None
     if adam is not None and models.our_adapters(model):
         fuse_adamw([adam])
-    return TrainingStep(model, case.tokens(), case.precision == "bf16-mixed", adam)
+    return TrainingStep(model, case.inputs(), case.precision == "bf16-mixed", adam)
 
 
 def agreement(ours: TrainingStep, theirs: TrainingStep, *, precision: str) -> dict[str, float]:
@@ -91,7 +91,7 @@ def measure_memory(step: TrainingStep) -> dict[str, int]:
     drop_cast_copies(step.model)  # ours keeps them from step to step: they count where they are made
     peak = memory.peak_bytes(step)
     step.clear()
-    own = (*step.model.parameters(), *step.model.buffers(), step.tokens)
+    own = (*step.model.parameters(), *step.model.buffers(), *step.inputs.values())
     saved = memory.saved_bytes(step.forward, exclude=own)
     return {
         "saved_bytes": saved,

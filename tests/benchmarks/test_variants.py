@@ -69,7 +69,9 @@ def test_ours_and_peft_adapt_the_same_layers_and_compute_the_same(targets):
     assert models.our_adapters(variants["ours"]).keys() == models.peft_adapters(variants["peft"]).keys()
 
 
-@pytest.mark.parametrize("changes", [{"layers": "last-half"}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"layers": "last-half"}, {"gradient_checkpointing": True}, {"shape": "tiny-vit"}], ids=str
+)
 def test_ours_and_peft_compute_the_same_in_every_setting(changes):
     case = tiny(**changes)
     steps = {name: training.build_step(m, case, optimizer=False) for name, m in step.build_variants(case).items()}
@@ -158,7 +160,11 @@ def test_shared_copies_keep_tied_weights_tied():
 
 @pytest.mark.filterwarnings("ignore")  # their imports warn of much
 @pytest.mark.parametrize("name", list(peers.PEERS))
-@pytest.mark.parametrize("changes", [{}, {"targets": "q+v"}, {"layers": "last-half"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"targets": "q+v"}, {"layers": "last-half"}, {"gradient_checkpointing": True}, {"shape": "tiny-vit"}],
+    ids=str,
+)
 def test_a_peers_layers_hold_the_same_adapters_over_the_same_weights(name, changes):
     if name not in peers.installed():
         pytest.skip(f"{name} is not installed: requirements-peers.txt")
