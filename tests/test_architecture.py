@@ -43,6 +43,8 @@ GROUPS = (
         "merge_bases",
         "merge_changes",
         "merge_config",
+        "merge_for_good",
+        "merge_proof",
         "merge_report",
         "export",
         "hyperparameters",

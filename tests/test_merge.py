@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import math
+import signal
+import weakref
 from typing import Any
 
 import pytest
@@ -25,7 +28,9 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.adapter import Adapter
-from lightning_lora.merge import is_merged, measure_merge, unused_folder
+from lightning_lora.layers import detach_adapters
+from lightning_lora.merge import is_merged, unused_folder
+from lightning_lora.merge_proof import measure_merge
 from tests.targets.architectures import build
 
 
@@ -464,3 +469,83 @@ def test_a_merge_that_is_interrupted_when_all_weights_are_merged_is_taken_back(m
     merge_adapters(net)
     unmerge_adapters(net)
     assert same(bits(net), before)
+
+
+def for_good(net: nn.Module, **options: Any) -> Any:
+    return merge_adapters(net, MergeConfig(keep_base=False, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_for_good_gives_the_weights_and_the_report_of_one_that_keeps_the_base(dtype: torch.dtype) -> None:
+    kept, lost = adapted(dtype), adapted(dtype)
+    assert for_good(lost) == merge_adapters(kept)
+    assert same(bits(lost), bits(kept))
+    assert [type(child) for child in lost.modules()] == [type(child) for child in Net().modules()]
+    assert [p.requires_grad for p in lost.parameters()] == [p.requires_grad for p in kept.parameters()]
+
+
+def test_a_merge_for_good_keeps_no_second_set_of_weights() -> None:
+    net = adapted()
+    weak = [weakref.ref(child.weight.untyped_storage()) for child in (net.a, net.b)]
+    adapters = [weakref.ref(child) for child in net.modules() if isinstance(child, Adapter)]
+    for_good(net)
+    gc.collect()
+    assert not any(reference() for reference in (*weak, *adapters))
+
+
+def test_there_is_no_way_back_from_a_merge_for_good_but_it_is_a_plain_module() -> None:
+    net = adapted()
+    for_good(net)
+    assert is_merged(net)
+    for action in (unmerge_adapters, merge_adapters):
+        with pytest.raises(MergeError):
+            action(net)
+    weights = bits(net)
+    remove_adapters(net)
+    assert same(bits(net), weights)
+    inject_adapters(net, LoRAConfig(rank=2))
+
+
+def test_a_merge_for_good_that_would_not_be_right_changes_nothing() -> None:
+    net = adapted(torch.bfloat16, size=1e-6)
+    before = bits(net)
+    with pytest.raises(MergeError, match="would lose"):
+        for_good(net)
+    assert same(bits(net), before)
+    assert not is_merged(net)
+
+
+def test_an_interrupt_waits_until_a_merge_for_good_is_complete(monkeypatch: Any) -> None:
+    net, plain = adapted(), adapted()
+    merge_adapters(plain)
+
+    def interrupted(layer: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return detach_adapters(layer)
+
+    monkeypatch.setattr("lightning_lora.merge_for_good.detach_adapters", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        for_good(net)
+    assert is_merged(net)
+    assert same(bits(net), bits(plain))
+
+
+def test_what_an_error_leaves_of_a_merge_for_good_computes_the_same_and_merging_again_goes_on(monkeypatch: Any) -> None:
+    net, plain = adapted(), adapted()
+    merge_adapters(plain)
+    expected = net(inputs())
+    calls = iter([detach_adapters])
+
+    def fails_at_the_second(layer: Any) -> Any:
+        detach = next(calls, None)
+        if detach is None:
+            raise MemoryError
+        return detach(layer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_lora.merge_for_good.detach_adapters", fails_at_the_second)
+        with pytest.raises(MemoryError):
+            for_good(net)
+    torch.testing.assert_close(net(inputs()), expected, rtol=1e-5, atol=1e-6)
+    for_good(net)
+    assert same(bits(net), bits(plain))

@@ -21,8 +21,9 @@ from lightning_lora.checkpoint import adapter_keys
 from lightning_lora.dense_models import declare_dense
 from lightning_lora.errors import LightningLoRAError, MergeError
 from lightning_lora.fresh import is_pretrained_model
-from lightning_lora.merge import merged_weights, plain_weights, unused_folder
+from lightning_lora.merge import unused_folder
 from lightning_lora.merge_config import MergeConfig
+from lightning_lora.merge_proof import merged_weights, plain_weights
 from lightning_lora.merge_report import MergeReport, Norms
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.targets.patterns import canonical

@@ -114,8 +114,8 @@ def _unmerge_for_loading(module: pl.LightningModule, record: Record) -> Callable
         return lambda: None
     if record.merged.weights is None:
         raise MergeError(
-            "This checkpoint holds adapters, and the module is a copy of a merged one: they would be added twice. "
-            "Build the module anew."
+            "This checkpoint holds adapters, and the module is a copy of a merged one, or was merged with "
+            "keep_base=False: they would be added twice. Build the module anew."
         )
     return unmerge_for_now(module)
 

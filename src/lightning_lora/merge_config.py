@@ -30,6 +30,9 @@ class MergeConfig:
         original: Where the weights from before the quantization are: a safetensors file, an index of sharded ones, a
             folder, or a name on the Hugging Face hub; None: where transformers loaded the model from.
         in_place: Whether the live module becomes plain, with merged weights, after the artifact is written.
+        keep_base: Whether the module keeps the weights that a merge in place replaces, for an exact unmerge and for
+            tests and fits after it that load adapters. Without them a merge takes the memory of one layer, not that
+            of all, and the module is plain for good. (At fit end the proof by outputs keeps them for a moment.)
         tolerance: Refuse a merge whose rounding error, over all layers, exceeds this share of the update, or that
             changes outputs by more than this share of what the adapters change in them (and by more than rounding
             explains): those of the live module in its own dtype, on a batch of the run, and those of every layer whose
@@ -45,6 +48,7 @@ class MergeConfig:
     base: str = "dequantized"
     original: str | None = None
     in_place: bool = True
+    keep_base: bool = True
     tolerance: float = 0.3
 
     def __post_init__(self) -> None:
@@ -62,8 +66,9 @@ class MergeConfig:
             raise ValueError(
                 f"original is a path that base='original' reads, got {self.original!r} with {self.base!r}."
             )
-        if not isinstance(self.in_place, bool):
-            raise ValueError(f"in_place must be True or False, got {self.in_place!r}.")
+        for name, choice in (("in_place", self.in_place), ("keep_base", self.keep_base)):
+            if not isinstance(choice, bool):
+                raise ValueError(f"{name} must be True or False, got {choice!r}.")
         if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)) or not self.tolerance > 0:
             raise ValueError(f"tolerance must be a positive number, got {self.tolerance!r}.")
 
