@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_lora.fused.dropout import Dropout, draw_dropout
 
+_NOTHING = (None,) * 8  # a gradient for each argument of the node
 Dequantize = Callable[[torch.dtype], Tensor]
 
 
@@ -66,13 +67,47 @@ def lora_linear_and_input(
         gives it one, becomes the input's, with what this layer adds to it.
     """
     drop = draw_dropout(dropout) if dropout > 0.0 else None
-    found: tuple[Tensor, Tensor | None] = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-        input, frozen, lora_A, lora_B, scaling, drop, passes_on
-    )
-    return found
+    arguments = input, frozen, lora_A, lora_B, scaling, drop, passes_on
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        whole: tuple[Tensor, Tensor | None] = _LoRALinear.apply(*arguments, None)  # type: ignore[no-untyped-call]
+        return whole
+    products: list[_Products] = []
+    stub, passed_on = _LoRALinear.apply(*arguments, products)  # type: ignore[no-untyped-call]
+    output: Tensor = _Deferred.apply(stub, products)  # type: ignore[no-untyped-call]
+    return output, passed_on
+
+
+class _Products(NamedTuple):
+    """The products whose sum is the output, in the order of their cost."""
+
+    hidden: Tensor
+    second: Tensor  # B with all factors, in the dtype of the products
+    bias: Tensor | None
+    x: Tensor
+    frozen: Frozen
+    shape: torch.Size
+
+    def compute(self) -> Tensor:
+        weight = _weight(self.frozen, self.x.dtype)
+        return F.linear(self.hidden, self.second, self.bias).addmm_(self.x, weight.t()).view(self.shape)
+
+
+class _Deferred(torch.autograd.Function):
+    """Computes the output of a :class:`_LoRALinear` that has saved all there is to save, and hands its gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, stub: Tensor, products: list[_Products]) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return products.pop().compute()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None]:
+        return grad_output, None
 
 
 class _LoRALinear(torch.autograd.Function):
+    """The layer; with a list for the products, they go there, and the output is a stub that has its shape alone."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -83,6 +118,7 @@ class _LoRALinear(torch.autograd.Function):
         scaling: float,
         drop: Dropout | None,
         passes_on: bool,
+        deferred: list[_Products] | None,
     ) -> tuple[Tensor, Tensor | None]:
         dtype = input.dtype
         x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
@@ -91,21 +127,25 @@ class _LoRALinear(torch.autograd.Function):
         small_A, small_B = lora_A.to(dtype), (lora_B * _factor(scaling, drop)).to(dtype)
         hidden = F.linear(kept, small_A)
         bias = None if frozen.bias is None else frozen.bias.to(dtype)
-        output = F.linear(hidden, small_B, bias).addmm_(x, _weight(frozen, dtype).t())
+        shape = torch.Size((*input.shape[:-1], len(small_B)))
+        products = _Products(hidden, small_B, bias, x, frozen, shape)
         weight = frozen.weight if isinstance(frozen.weight, Tensor) else None
         kept_input = input if lora_A.requires_grad else None
         ctx.save_for_backward(kept_input, hidden, weight, lora_A, lora_B, small_A, small_B)
         ctx.frozen = frozen if weight is None else None
         ctx.settings = scaling, drop, input.shape, dtype
         ctx.set_materialize_grads(False)
-        if x is not input:
-            output = output.view(*input.shape[:-1], output.shape[-1])
+        if deferred is None:
+            output = products.compute()
+        else:
+            deferred.append(products)
+            output = x.new_empty(()).expand(shape)
         return output, input.detach() if passes_on else None
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, passed_on: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return passed_on, None, None, None, None, None, None
+            return passed_on, *_NOTHING[1:]
         input, hidden, weight, lora_A, lora_B, small_A, small_B = ctx.saved_tensors
         scaling, drop, shape, dtype = ctx.settings
         frozen = ctx.frozen or Frozen(weight, None)
@@ -125,7 +165,7 @@ class _LoRALinear(torch.autograd.Function):
         if needs_input:
             gathered = _gradient_of_input(gradient, _weight(frozen, dtype), inner, small_A, drop, passed_on)
             grad_input = gathered.view(shape)
-        return grad_input, None, grad_A, grad_B, None, None, None
+        return grad_input, None, grad_A, grad_B, *_NOTHING[4:]
 
 
 def _gradient_of_input(
@@ -163,7 +203,7 @@ def _differentiable_backward(
     gradients = [next(found) if needed else None for needed in _needed(ctx)]
     if passed_on is not None:
         gradients[0] = passed_on if gradients[0] is None else gradients[0] + passed_on
-    return gradients[0], None, gradients[1], gradients[2], None, None, None
+    return gradients[0], None, gradients[1], gradients[2], *_NOTHING[4:]
 
 
 def _needed(ctx: Any) -> tuple[bool, bool, bool]:
