@@ -28,7 +28,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.adapter import Adapter
-from lightning_lora.layers import detach_adapters
+from lightning_lora.layers import AdaptedConv1D, detach_adapters
 from lightning_lora.merge import is_merged, unused_folder
 from lightning_lora.merge_proof import measure_merge
 from tests.targets.architectures import build
@@ -534,18 +534,33 @@ def test_what_an_error_leaves_of_a_merge_for_good_computes_the_same_and_merging_
     net, plain = adapted(), adapted()
     merge_adapters(plain)
     expected = net(inputs())
-    calls = iter([detach_adapters])
 
-    def fails_at_the_second(layer: Any) -> Any:
-        detach = next(calls, None)
-        if detach is None:
-            raise MemoryError
-        return detach(layer)
+    def no_memory(_: Tensor) -> Tensor:
+        raise MemoryError("no more")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_lora.merge_for_good.detach_adapters", fails_at_the_second)
-        with pytest.raises(MemoryError):
+        patch.setattr(AdaptedConv1D, "as_weight", staticmethod(no_memory))  # of b; a is merged by then
+        with pytest.raises(
+            MergeError, match=r"stopped \(MemoryError: no more\).*merged for good; the others have live"
+        ):
             for_good(net)
+    assert type(net.a) is nn.Linear
     torch.testing.assert_close(net(inputs()), expected, rtol=1e-5, atol=1e-6)
     for_good(net)
     assert same(bits(net), bits(plain))
+
+
+def test_a_handler_of_the_users_own_gets_the_interrupt_when_a_merge_for_good_is_complete(monkeypatch: Any) -> None:
+    net, seen = adapted(), []
+
+    def interrupted(layer: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return detach_adapters(layer)
+
+    monkeypatch.setattr("lightning_lora.merge_for_good.detach_adapters", interrupted)
+    previous = signal.signal(signal.SIGINT, lambda *_: seen.append(is_merged(net)))
+    try:
+        for_good(net)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert seen == [True]

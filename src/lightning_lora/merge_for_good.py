@@ -6,16 +6,16 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
 from lightning_lora.dense_models import declare_dense
+from lightning_lora.errors import MergeError
 from lightning_lora.injection import thaw
 from lightning_lora.kept_weights import replace_codes, replace_weight
-from lightning_lora.layers import detach_adapters
+from lightning_lora.layers import attach_adapter, detach_adapters
 from lightning_lora.merge_config import MergeConfig
-from lightning_lora.merge_proof import measure_merge, merged_weights, plain_weights
+from lightning_lora.merge_proof import MergedWeight, measure_merge, merged_weights, plain_weights
 from lightning_lora.merge_report import MergeReport
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.record import MergedState, Record
@@ -24,41 +24,61 @@ from lightning_lora.record import MergedState, Record
 def merge_for_good(module: nn.Module, record: Record, config: MergeConfig) -> MergeReport:
     """Prove the merge of all layers, then fold them one after the other, each in the place of its base weight.
 
-    A layer that is folded and one that is not yet compute the same, so what an error leaves (out of memory, where
+    A layer that is folded and one that is not yet compute the same. So what an error leaves (out of memory, where
     quantized weights become dense) computes what it did, and merging again goes on with the rest.
 
     Raises:
-        MergeError: If the result would not be right; nothing is changed then.
+        MergeError: If the result would not be right, and nothing is changed then; or if folding was stopped.
     """
     report = measure_merge(module, config)
     becomes_dense = config.base != "requantized" and any(isinstance(c, QuantizedLayer) for c in module.modules())
     with _interrupt_held_back():
-        for _, layer, stored, codes in merged_weights(module, config):
-            detach_adapters(layer)
-            if codes is None:
-                replace_weight(layer, stored)
-            else:
-                replace_codes(layer, codes)
+        try:
+            for weight in merged_weights(module, config):
+                _fold(weight)
+            if becomes_dense:
+                for _, plain, dense in plain_weights(module, config):
+                    replace_weight(plain, dense)
+        except Exception as error:  # above all, no memory for one more dense weight
+            raise MergeError(
+                f"The merge was stopped ({type(error).__name__}: {error}). With keep_base=False the layers that it "
+                "reached are merged for good; the others have live adapters, and the module computes what it did. "
+                "Free memory and merge again. A checkpoint of it now would lack the merged adapters."
+            ) from error
         if becomes_dense:
-            for _, plain, dense in plain_weights(module, config):
-                replace_weight(plain, dense)
             declare_dense(module)
         record.merged = MergedState(weights=None)
         thaw(module, record)
     return report
 
 
+def _fold(weight: MergedWeight) -> None:
+    layer, active = weight.layer, weight.layer.active
+    adapters = detach_adapters(layer)
+    try:
+        if weight.codes is None:
+            replace_weight(layer, weight.dense)
+        else:
+            replace_codes(layer, weight.codes)
+    except Exception:
+        attach_adapter(layer, next(iter(adapters)))
+        layer.adapters, layer.active = adapters, active
+        raise
+
+
 @contextmanager
 def _interrupt_held_back() -> Iterator[None]:
     """Ctrl-C waits until the context ends: between a layer's adapters and its merged weight there is no way back."""
-    if threading.current_thread() is not threading.main_thread():  # where Python raises no KeyboardInterrupt
+    in_main_thread = threading.current_thread() is threading.main_thread()  # where alone Python raises it
+    previous = signal.getsignal(signal.SIGINT)
+    if not in_main_thread or previous is None:  # a handler that Python did not set can't be put back
         yield
         return
-    held: list[tuple[int, Any]] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    held: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-        if held and callable(previous):
-            previous(*held[0])
+        if held:
+            signal.raise_signal(signal.SIGINT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -109,14 +111,16 @@ def test_a_gradient_of_a_gradient_goes_through_it():
     x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
     parameter = module[0].down.adapters["default"].lora_A
 
-    def penalty(recomputed):
-        out = checkpoint(module[0], x, use_reentrant=False) if recomputed else module[0](x)
-        (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    def penalty(run):
+        (gradient,) = torch.autograd.grad(run(module[0], x).square().sum(), x, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), parameter)[0]
 
+    expected = penalty(lambda block, x: block(x))
+    recomputed = penalty(lambda block, x: checkpoint(block, x, use_reentrant=False))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # deferred, and not recomputed
-        deferred = penalty(recomputed=False)
-    torch.testing.assert_close(deferred, penalty(recomputed=False), rtol=1e-10, atol=1e-12)
+        deferred = penalty(lambda block, x: block(x))
+    for found in (deferred, recomputed):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_an_output_that_nobody_uses_costs_no_gradient():
@@ -127,3 +131,44 @@ def test_an_output_that_nobody_uses_costs_no_gradient():
     used.sum().backward()
     assert module[0].up.adapters["default"].lora_B.grad is None
     assert module[0].down.adapters["default"].lora_B.grad is not None
+
+
+CHANGES = {
+    "relu_": lambda y: torch.relu_(y),
+    "add_": lambda y: y.add_(1.0),
+    "setitem": lambda y: y.__setitem__((..., 0), 0.0),
+    "view": lambda y: y.view(-1).mul_(2.0),
+    "detached": lambda y: y.detach().zero_(),
+}
+
+
+@pytest.mark.parametrize("shape", [(6, WIDTH), (2, 3, WIDTH)], ids=["2d", "3d"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("how", ["plain", "checkpoint", "offload"])
+def test_the_output_can_be_changed_in_place(how, change, shape):
+    layer = net(depth=1)[0].up
+
+    def changed(x, of=layer):
+        y = of(x)
+        CHANGES[change](y)
+        return y.sum(-1)
+
+    def gradients(run):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        layer.zero_grad()
+        run(x).square().sum().backward()
+        return [x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
+
+    def with_torchs_own(x):
+        adapter = layer.adapters["default"]
+        update = nn.functional.linear(nn.functional.linear(x, adapter.lora_A), adapter.lora_B * adapter.scaling)
+        return changed(x, of=lambda x: nn.functional.linear(x, layer.weight, layer.bias) + update)
+
+    def here(x):
+        if how == "checkpoint":
+            return checkpoint(changed, x, use_reentrant=False)
+        with torch.autograd.graph.save_on_cpu() if how == "offload" else contextlib.nullcontext():
+            return changed(x)
+
+    for found, expected in zip(gradients(here), gradients(with_torchs_own), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.sft.batching import packed
 from lightning_lora.sft.chat import chat_prompt
 from lightning_lora.sft.data import CompanyMessages
-from lightning_lora.sft.encoding import IGNORED, collate, encode
+from lightning_lora.sft.encoding import IGNORED, Encoded, collate, encode
 from lightning_lora.sft.loss import answer_loss, head_makes_logits, loss_of_logits, tells_packed_apart
 from lightning_lora.sft.messages import company_messages
 from lightning_lora.sft.module import SFTModule
@@ -144,9 +144,45 @@ def test_attention_tells_examples_of_a_row_apart_and_a_recurrence_does_not():
 
 
 def test_a_model_that_reads_a_row_as_one_text_is_refused(module, encoded):
-    module._tells_packed_apart = False
-    with pytest.raises(ValueError, match="LlamaForCausalLM reads examples that share a row as one text"):
+    module._packs_with = "none"
+    with pytest.raises(ValueError, match="LlamaForCausalLM with 'sdpa' attention is not proved to tell examples"):
         module.answer_loss(packed(encoded, 8, 2)[0])
+
+
+def test_attention_that_was_changed_after_the_proof_is_refused(module, encoded):
+    module.model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="'eager' attention is not proved"):
+        module.answer_loss(packed(encoded, 8, 2)[0])
+
+
+def test_a_convolution_that_leaks_little_is_recognised():
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    assert not tells_packed_apart(Lfm2ForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize("chunk", [4, 512])
+def test_a_batch_without_an_answered_token_has_no_loss(module, encoded, chunk):
+    batch, module.logits_chunk = collate(encoded[:2], pad_id=2), chunk
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    assert module.answer_loss(batch).item() == 0.0
+    assert loss_of_logits(module.model, batch).item() == 0.0
+
+
+def test_the_first_token_of_an_example_is_not_learned_from_its_neighbour(module):
+    bare = [Encoded(prompt="", expected="", prompt_ids=[], answer_ids=[5, 9, 2 + shift]) for shift in range(3)]
+    (shared,) = packed(bare, 3, 2)
+    assert_same(module, module.answer_loss(shared), module.answer_loss(collate(bare, pad_id=2)))
 
 
 def test_a_packed_run_trains_adapters_under_gradient_checkpointing(tiny_pretrained, tmp_path):

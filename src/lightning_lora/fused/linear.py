@@ -89,7 +89,10 @@ class _Products(NamedTuple):
 
     def compute(self) -> Tensor:
         weight = _weight(self.frozen, self.x.dtype)
-        return F.linear(self.hidden, self.second, self.bias).addmm_(self.x, weight.t()).view(self.shape)
+        output = F.linear(self.hidden, self.second, self.bias).addmm_(self.x, weight.t())
+        # A view would be closed to changes in place, which ReLU(inplace=True) behind a layer makes.
+        reshaped: Tensor = torch.ops.aten._unsafe_view(output, self.shape)
+        return reshaped
 
 
 class _Deferred(torch.autograd.Function):
@@ -150,7 +153,8 @@ class _LoRALinear(torch.autograd.Function):
         scaling, drop, shape, dtype = ctx.settings
         frozen = ctx.frozen or Frozen(weight, None)
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, grad_output, passed_on, frozen)
+            leaves = input, lora_A, lora_B
+            return _differentiable_backward(ctx, leaves, grad_output, passed_on, frozen)
         gradient = grad_output if len(shape) == 2 else grad_output.reshape(-1, grad_output.shape[-1])
         gradient = gradient.to(dtype)
         inner = gradient.mm(small_B)
@@ -189,10 +193,18 @@ def _factor(scaling: float, drop: Dropout | None) -> float:
 
 
 def _differentiable_backward(
-    ctx: Any, grad_output: Tensor, passed_on: Tensor | None, frozen: Frozen
+    ctx: Any, saved: tuple[Tensor | None, Tensor, Tensor], grad_output: Tensor, passed_on: Tensor | None, frozen: Frozen
 ) -> tuple[Tensor | None, ...]:
-    """For ``create_graph=True``: the gradients of the plain composition, as functions of all that they depend on."""
-    input, _, _, lora_A, lora_B, _, _ = ctx.saved_tensors
+    """For ``create_graph=True``: the gradients of the plain composition, as functions of all that they depend on.
+
+    Args:
+        ctx: Of the node.
+        saved: Input, A and B. A checkpoint gives what was saved once only.
+        grad_output: Of the output.
+        passed_on: Of the stand-in.
+        frozen: Weight and bias.
+    """
+    input, lora_A, lora_B = saved
     scaling, drop, _, dtype = ctx.settings
     if input is None:
         raise RuntimeError("lora_linear keeps no input for a frozen lora_A, and has no second derivative without it.")

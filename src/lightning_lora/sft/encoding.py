@@ -1,8 +1,7 @@
 """From examples to padded batches, with labels on the answers only.
 
-Everything is padded on the left, for training as for generation: answers end together, so that logits are
-needed for the last columns only, and the model sees prompts in the same form when it learns and when it
-answers.
+Everything is padded on the left, for training as for generation: the model sees prompts in the same form when it learns
+and when it answers.
 """
 
 from __future__ import annotations
@@ -82,14 +81,17 @@ def collate_packed(rows: Sequence[Sequence[Encoded]], *, pad_id: int) -> Batch:
         position_ids=torch.tensor(
             [_positions([left, *map(len, row)]) for left, row in zip(paddings, rows, strict=True)]
         ),
-        labels=_pad_left(
-            [[i for e in row for i in [IGNORED] * len(e.prompt_ids) + e.answer_ids] for row in rows], IGNORED
-        ),
+        labels=_pad_left([[label for example in row for label in _labels(example)] for row in rows], IGNORED),
         prompt_ids=_pad_left(prompts, pad_id),
         prompt_mask=_mask(prompts),
         prompts=[example.prompt for example in examples],
         expected=[example.expected for example in examples],
     )
+
+
+def _labels(example: Encoded) -> list[int]:
+    labels = [IGNORED] * len(example.prompt_ids) + example.answer_ids
+    return [IGNORED, *labels[1:]]  # nothing of the example stands before its first token
 
 
 def _positions(lengths: Sequence[int]) -> list[int]:

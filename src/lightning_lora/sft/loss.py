@@ -14,7 +14,7 @@ from lightning_lora.sft.encoding import IGNORED, Batch
 
 
 def answer_loss(model: Any, batch: Batch, *, chunk_tokens: int) -> Tensor:
-    """Mean cross-entropy over the answers' tokens, a scalar in fp32.
+    """Mean cross-entropy over the answers' tokens, a scalar in fp32; 0 if there are none.
 
     Args:
         model: A causal language model of transformers whose logits are its head's output (:func:`head_makes_logits`).
@@ -25,18 +25,19 @@ def answer_loss(model: Any, batch: Batch, *, chunk_tokens: int) -> Tensor:
     hidden = model.base_model(**inputs_of(batch), use_cache=False).last_hidden_state
     states, labels = _answered(hidden, batch["labels"])
     head = model.get_output_embeddings()
-    if len(labels) <= chunk_tokens:
-        return _summed(head, states, labels) / len(labels)
+    count = max(1, len(labels))
+    if count <= chunk_tokens:
+        return _summed(head, states, labels) / count
     chunks = zip(torch.split(states, chunk_tokens), torch.split(labels, chunk_tokens), strict=True)
     parts = [checkpoint(_summed, head, few, followers, use_reentrant=False) for few, followers in chunks]
-    return torch.stack(parts).sum() / len(labels)
+    return torch.stack(parts).sum() / count
 
 
 def loss_of_logits(model: Any, batch: Batch) -> Tensor:
     """The same of a model that changes its head's output, from all logits."""
     logits = model(**inputs_of(batch), use_cache=False).logits
     predicted, labels = _answered(logits, batch["labels"])
-    return cross_entropy(predicted.float(), labels)
+    return cross_entropy(predicted.float(), labels, reduction="sum") / max(1, len(labels))
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor | None]:
@@ -64,18 +65,21 @@ def head_makes_logits(model: Any) -> bool:
 
 @torch.no_grad()
 def tells_packed_apart(model: Any) -> bool:
-    """Whether an example in a row with another one gets the logits that it gets alone, of a model in eval mode.
+    """Whether other examples in its row change nothing for an example, of a model in eval mode.
 
     transformers masks what lies before a position that starts again, in attention layers. A model with others (a
     recurrence, a convolution) reads the examples of a row as one text.
     """
     if _has_no_values(model) or "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    first, second = _some_ids(model, 3), _some_ids(model, 5)
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=first.device)
-    both = model(input_ids=torch.cat((first, second), dim=1), position_ids=positions, use_cache=False).logits[:, 3:]
-    alone = model(input_ids=second, use_cache=False).logits
-    return bool((both - alone).norm() <= 0.01 * alone.norm())
+    ids = _some_ids(model, 16).view(2, 8)
+    neighbours = ids.clone()
+    neighbours[:, :3] = ids.flip(0)[:, :3]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=ids.device).expand(2, 8)
+    one, other = (
+        model(input_ids=rows, position_ids=positions, use_cache=False).logits[:, 3:] for rows in (ids, neighbours)
+    )
+    return torch.equal(one, other)
 
 
 def _answered(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,8 @@ class SFTModule(L.LightningModule):
         self.max_new_tokens = max_new_tokens
         self.logits_chunk = logits_chunk
         self.model, self.tokenizer = load_pretrained(pretrained, dtype=dtype)
-        self._head_makes_logits, self._tells_packed_apart = _proved(self.model)
+        self._head_makes_logits, packs = _proved(self.model)
+        self._packs_with = _attention(self.model) if packs else "none"
         self.validation_loss = MeanMetric()
         self.test_loss = MeanMetric()
         self.valid_json = ValidJSON()
@@ -138,10 +139,10 @@ class SFTModule(L.LightningModule):
         Raises:
             ValueError: Examples share rows, and the model can't tell them apart.
         """
-        if batch["attention_mask"] is None and not self._tells_packed_apart:
+        if batch["attention_mask"] is None and self._packs_with != _attention(self.model):
             raise ValueError(
-                f"{type(self.model).__name__} reads examples that share a row as one text, so batching='packed' would "
-                "train it on other texts than those given. Use batching='by_length'."
+                f"{type(self.model).__name__} with {_attention(self.model)!r} attention is not proved to tell examples "
+                "that share a row apart, and may read them as one text. Use batching='by_length'."
             )
         if not self._head_makes_logits:
             return loss_of_logits(self.model, batch)
@@ -177,6 +178,11 @@ class SFTModule(L.LightningModule):
 
     def _evaluation_arithmetic(self) -> torch.autocast:
         return torch.autocast(self.device.type, enabled=False)
+
+
+def _attention(model: Any) -> str:
+    """Name of the attention: each kind has its own way to see where an example of a row starts, or has none."""
+    return str(getattr(model.config, "_attn_implementation", None))
 
 
 def _warm_up_then_decay(step: int, *, warmup_steps: int, total_steps: int) -> float:
