@@ -30,13 +30,14 @@ DATA: dict[str, Callable[..., JSONTask]] = {
 }
 
 
-def batches_of(
-    data: Callable[..., JSONTask], way: str, *, pretrained: str, batch_size: int, examples: int
-) -> list[Batch]:
-    """The training batches of one way; the examples are the same in each."""
-    task = data(pretrained=pretrained, batch_size=batch_size, train_size=examples, validation_size=1, batching=way)
+def batches_of(way: str, options: argparse.Namespace) -> list[Batch]:
+    """Training batches of one way over the same examples: ``options.batches`` of them, from short to long."""
+    sizes = {"batch_size": options.batch, "train_size": options.examples, "validation_size": 1}
+    task = DATA[options.data](pretrained=options.pretrained, batching=way, **sizes)
     task.setup("fit")
-    return list(task.train_dataloader())
+    made = sorted(task.train_dataloader(), key=lambda batch: batch["input_ids"].numel())
+    step = len(made) / options.batches
+    return [made[int((index + 0.5) * step)] for index in range(options.batches)]
 
 
 def train(module: SFTModule, batches: Sequence[Batch]) -> None:
@@ -55,35 +56,38 @@ def loss_of(module: SFTModule, batch: Batch) -> torch.Tensor:
 
 def padding(batches: Sequence[Batch]) -> float:
     """Share of the tokens computed that no example has."""
-    computed = sum(batch["input_ids"].numel() for batch in batches)
-    real = sum(_tokens(batch) for batch in batches)
-    return 1 - real / computed
+    return 1 - real_tokens(batches) / sum(batch["input_ids"].numel() for batch in batches)
 
 
-def _tokens(batch: Batch) -> int:
-    if batch["attention_mask"] is not None:
-        return int(batch["attention_mask"].sum())
-    return int(batch["prompt_mask"].sum()) + int((batch["labels"] >= 0).sum())
+def real_tokens(batches: Sequence[Batch]) -> int:
+    """Tokens of prompts and answers."""
+    return sum(int(batch["prompt_mask"].sum()) + int((batch["labels"] >= 0).sum()) for batch in batches)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures, as plain types."""
     module = SFTModule(pretrained=options.pretrained)
     inject_adapters(module, LoRAConfig(rank=8))
-    make = partial(
-        batches_of, pretrained=module.hparams["pretrained"], batch_size=options.batch, examples=options.examples
-    )
-    ways = {way: make(DATA[options.data], way) for way in BATCHING}
+    ways = {way: batches_of(way, options) for way in BATCHING}
     steps = {way: partial(train, module, batches) for way, batches in ways.items()}
     timings = harness.interleave({**steps, "twin": steps["as_drawn"]}, rounds=options.rounds, warmup=1)
     widest = max(ways["by_length"], key=lambda batch: int((batch["labels"] >= 0).sum()))
     return {
         "padding": {way: padding(batches) for way, batches in ways.items()},
-        "to_as_drawn": {way: timings.ratio(way, to="as_drawn").to_dict() for way in ways},
+        "to_as_drawn": {
+            way: _of_a_token(timings.ratio(way, to="as_drawn"), batches, ways["as_drawn"])
+            for way, batches in ways.items()
+        },
         "self_test": timings.self_test("twin", twin="as_drawn").to_dict(),
         "saved_bytes": {chunk: _saved(module, widest, chunk) for chunk in (10**9, 512, 128, 32)},
         "answered_tokens": int((widest["labels"] >= 0).sum()),
     }
+
+
+def _of_a_token(ratio: harness.Ratio, batches: Sequence[Batch], others: Sequence[Batch]) -> dict[str, float]:
+    """The ratio of the times of one real token: the batches that are timed don't have the same number of them."""
+    factor = real_tokens(others) / real_tokens(batches)
+    return {name: value if name == "rounds" else value * factor for name, value in ratio.to_dict().items()}
 
 
 def _saved(module: SFTModule, batch: Batch, chunk: int) -> int:
@@ -97,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default="company_messages", choices=list(DATA))
     parser.add_argument("--pretrained", default="smollm2-135m-instruct")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--examples", type=int, default=32)
+    parser.add_argument("--examples", type=int, default=640, help="to make the batches of")
+    parser.add_argument("--batches", type=int, default=3, help="that are timed")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
@@ -105,10 +110,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = record.environment()
     found = measure(options)
     if options.output:
-        settings = {"data": options.data, "batch": options.batch, "examples": options.examples, "clock": "cpu"}
+        settings = {
+            "data": options.data,
+            "batch": options.batch,
+            "examples": options.examples,
+            "batches": options.batches,
+            "clock": "cpu",
+        }
         record.write(options.output, benchmark="batching", environment=environment, settings=settings, **found)
     table = Table(title=f"{options.data}, {options.batch} examples a batch, CPU time")
-    for heading in ("batching", "padding", "time / as drawn"):
+    for heading in ("batching", "padding", "time of a token / as drawn"):
         table.add_column(heading)
     for way, ratio in found["to_as_drawn"].items():
         spread = f"{ratio['median']:.3f} [{ratio['lower']:.2f}-{ratio['upper']:.2f}]"
