@@ -29,6 +29,7 @@ from lightning_lora import LoRAConfig, QuantizationConfig, TokenBatch, empty_wei
 FORMS: dict[str, dict[str, Any]] = {
     "nf4": {"quant_type": "nf4"},
     "nf4-double": {"quant_type": "nf4", "double_quant": True},
+    "nf4-double-clipped": {"quant_type": "nf4", "double_quant": True, "block_size": 32, "clip_search": True},
     "fp4": {"quant_type": "fp4"},
     "int8": {"quant_type": "int8"},
 }

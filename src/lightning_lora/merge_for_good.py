@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_lora.dense_models import declare_dense
-from lightning_lora.errors import MergeError
+from lightning_lora.errors import LightningLoRAError
 from lightning_lora.injection import thaw
 from lightning_lora.kept_weights import replace_codes, replace_weight
 from lightning_lora.layers import attach_adapter, detach_adapters
@@ -28,19 +28,20 @@ def merge_for_good(module: nn.Module, record: Record, config: MergeConfig) -> Me
     quantized weights become dense) computes what it did, and merging again goes on with the rest.
 
     Raises:
-        MergeError: If the result would not be right, and nothing is changed then; or if folding was stopped.
+        MergeError: If the result would not be right; nothing is changed then.
+        LightningLoRAError: If the folding was stopped.
     """
     report = measure_merge(module, config)
     becomes_dense = config.base != "requantized" and any(isinstance(c, QuantizedLayer) for c in module.modules())
     with _interrupt_held_back():
         try:
-            for weight in merged_weights(module, config):
-                _fold(weight)
-            if becomes_dense:
+            if becomes_dense:  # first: as long as this is not done, there are adapters to merge again
                 for _, plain, dense in plain_weights(module, config):
                     replace_weight(plain, dense)
+            for weight in merged_weights(module, config):
+                _fold(weight)
         except Exception as error:  # above all, no memory for one more dense weight
-            raise MergeError(
+            raise LightningLoRAError(
                 f"The merge was stopped ({type(error).__name__}: {error}). With keep_base=False the layers that it "
                 "reached are merged for good; the others have live adapters, and the module computes what it did. "
                 "Free memory and merge again. A checkpoint of it now would lack the merged adapters."

@@ -1,7 +1,4 @@
-"""Which training examples share a batch, and how they lie in its rows.
-
-Three ways, by name: a table at the end that a new way is added to.
-"""
+"""Which training examples share a batch, and how they lie in its rows: functions by name, in ``BATCHING``."""
 
 from __future__ import annotations
 

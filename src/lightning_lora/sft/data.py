@@ -34,7 +34,7 @@ class JSONTask(L.LightningDataModule):
         batch_size: Examples of a training batch.
         eval_batch_size: Examples of a validation or test batch.
         batching: Which examples a training batch gets: ``"by_length"`` those of like length, next to no padding;
-            ``"as_drawn"`` any; ``"packed"`` any, the short ones in rows that they share.
+            ``"as_drawn"`` any; ``"packed"`` any, several in a row.
         train_size: Examples to train on.
         validation_size: Examples for the validation loss.
         test_size: Examples to answer in a test.
