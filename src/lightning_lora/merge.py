@@ -83,8 +83,8 @@ def unmerge_adapters(module: nn.Module) -> None:
         raise MergeError("The module is not merged.")
     if record.merged.weights is None:
         raise MergeError(
-            "This module was merged with keep_base=False, or is a copy of a merged one and has no base weights to go back "
-            "to. Build the module anew, or call remove_adapters(module) to take its merged weights as a new base."
+            "This module was merged with keep_base=False, or is a copy of a merged one and has no base weights to go "
+            "back to. Build the module anew, or call remove_adapters(module) to take its merged weights as a new base."
         )
     changed = changed_since_merge(module)
     layers = [name for name in record.merged.weights if weight_of(name) in changed]
