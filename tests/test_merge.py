@@ -9,6 +9,8 @@ import json
 import math
 import signal
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -516,19 +518,36 @@ def test_a_merge_for_good_that_would_not_be_right_changes_nothing() -> None:
     assert not is_merged(net)
 
 
-def test_an_interrupt_waits_until_a_merge_for_good_is_complete(monkeypatch: Any) -> None:
-    net, plain = adapted(), adapted()
-    merge_adapters(plain)
+@contextmanager
+def interrupts(handler: Any, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C comes whenever a layer's adapters are taken off, and ``handler`` gets it; a job's parent may ignore it."""
 
     def interrupted(layer: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return detach_adapters(layer)
 
-    monkeypatch.setattr("lightning_lora.merge_for_good.detach_adapters", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    patch.setattr("lightning_lora.merge_for_good.detach_adapters", interrupted)
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_an_interrupt_waits_until_a_merge_for_good_is_complete(monkeypatch: Any) -> None:
+    net, plain = adapted(), adapted()
+    merge_adapters(plain)
+    with interrupts(signal.default_int_handler, monkeypatch), pytest.raises(KeyboardInterrupt):
         for_good(net)
     assert is_merged(net)
     assert same(bits(net), bits(plain))
+
+
+def test_a_handler_of_the_users_own_gets_the_interrupt_when_a_merge_for_good_is_complete(monkeypatch: Any) -> None:
+    net, seen = adapted(), []
+    with interrupts(lambda *_: seen.append(is_merged(net)), monkeypatch):
+        for_good(net)
+    assert seen == [True]
 
 
 def test_what_an_error_leaves_of_a_merge_for_good_computes_the_same_and_merging_again_goes_on(monkeypatch: Any) -> None:
@@ -547,19 +566,3 @@ def test_what_an_error_leaves_of_a_merge_for_good_computes_the_same_and_merging_
     torch.testing.assert_close(net(inputs()), expected, rtol=1e-5, atol=1e-6)
     for_good(net)
     assert same(bits(net), bits(plain))
-
-
-def test_a_handler_of_the_users_own_gets_the_interrupt_when_a_merge_for_good_is_complete(monkeypatch: Any) -> None:
-    net, seen = adapted(), []
-
-    def interrupted(layer: Any) -> Any:
-        signal.raise_signal(signal.SIGINT)
-        return detach_adapters(layer)
-
-    monkeypatch.setattr("lightning_lora.merge_for_good.detach_adapters", interrupted)
-    previous = signal.signal(signal.SIGINT, lambda *_: seen.append(is_merged(net)))
-    try:
-        for_good(net)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    assert seen == [True]
