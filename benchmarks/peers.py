@@ -68,7 +68,7 @@ def with_peer(name: str, base: nn.Module, case: models.Case, *, like: nn.Module)
     model = models.share(base).requires_grad_(False)
     if case.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()  # as their recipes do: recomputation starts at a tensor with a gradient
+        model.enable_input_require_grads()  # as PEFT and transformers do
     values = models.peft_adapters(like)
     for target in sorted({layer for layer, _ in values}):
         layer = PEERS[name](model.get_submodule(target), case)

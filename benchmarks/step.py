@@ -140,7 +140,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(harness.CLOCKS), help="default: cpu if one thread, else wall")
     parser.add_argument("--optimizer", action="store_true", help="include gradient clipping and AdamW")
-    parser.add_argument("--peers", action="store_true", help="LitGPT, torchtune and loralib, too, where installed")
+    parser.add_argument(
+        "--peers", action="store_true", help="LitGPT, torchtune and loralib, too, where installed and the base is dense"
+    )
     parser.add_argument("--output", type=Path, help="JSON file, e.g. benchmarks/results/step.json")
     return parser.parse_args(arguments)
 

@@ -288,6 +288,12 @@ def detach_adapters(layer: AdaptedLayer) -> nn.ModuleDict:
     return adapters
 
 
+def reattach_adapters(layer: nn.Module, adapters: nn.ModuleDict, active: tuple[str, ...]) -> None:
+    """Undo :func:`detach_adapters`."""
+    adapted = attach_adapter(layer, next(iter(adapters)))
+    adapted.adapters, adapted.active = adapters, active
+
+
 def note_siblings(module: nn.Module) -> None:
     """Note on every adapted layer whether one of the same width comes after it in its parent, as k does after q."""
     for parent in module.modules():

@@ -16,8 +16,8 @@ from lightning_lora.dense_models import declare_dense
 from lightning_lora.errors import MergeError
 from lightning_lora.frozen import keep_base_as_is
 from lightning_lora.injection import thaw
-from lightning_lora.kept_weights import put_back, replace_codes, replace_weight, snapshot
-from lightning_lora.layers import AdaptedLayer, adapted_layers, attach_adapter, detach_adapters, note_siblings
+from lightning_lora.kept_weights import put_back, replace_weight, snapshot
+from lightning_lora.layers import AdaptedLayer, adapted_layers, detach_adapters, note_siblings, reattach_adapters
 from lightning_lora.merge_changes import base_sums, changed_since_merge, weight_of
 from lightning_lora.merge_config import MergeConfig
 from lightning_lora.merge_for_good import merge_for_good
@@ -51,10 +51,10 @@ def merge_adapters(module: nn.Module, config: MergeConfig | None = None) -> Merg
     merged, norms = MergedState(), Norms()
     assert merged.weights is not None
     try:
-        for name, layer, stored, codes in proved_weights(module, config, norms):
-            merged.active[name] = layer.active
-            merged.adapters[name] = detach_adapters(layer)
-            merged.weights[name] = replace_weight(layer, stored) if codes is None else replace_codes(layer, codes)
+        for weight in proved_weights(module, config, norms):
+            merged.active[weight.name] = weight.layer.active
+            merged.adapters[weight.name] = detach_adapters(weight.layer)
+            merged.weights[weight.name] = weight.put_in()
         report = judge(norms, config)
         if config.base != "requantized":
             for name, plain, dense in plain_weights(module, config):
@@ -133,8 +133,7 @@ def _take_back(module: nn.Module, merged: MergedState) -> None:
     for name, kept in merged.weights.items():
         put_back(layers[canonical(name)], kept)
     for name, adapters in merged.adapters.items():
-        layer = attach_adapter(layers[canonical(name)], next(iter(adapters)))
-        layer.adapters, layer.active = adapters, merged.active[name]
+        reattach_adapters(layers[canonical(name)], adapters, merged.active[name])
     note_siblings(module)
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from lightning_lora.dense_models import declare_dense
 from lightning_lora.errors import LightningLoRAError
 from lightning_lora.injection import thaw
-from lightning_lora.kept_weights import replace_codes, replace_weight
-from lightning_lora.layers import attach_adapter, detach_adapters
+from lightning_lora.kept_weights import replace_weight
+from lightning_lora.layers import detach_adapters, reattach_adapters
 from lightning_lora.merge_config import MergeConfig
 from lightning_lora.merge_proof import MergedWeight, measure_merge, merged_weights, plain_weights
 from lightning_lora.merge_report import MergeReport
@@ -57,13 +57,9 @@ def _fold(weight: MergedWeight) -> None:
     layer, active = weight.layer, weight.layer.active
     adapters = detach_adapters(layer)
     try:
-        if weight.codes is None:
-            replace_weight(layer, weight.dense)
-        else:
-            replace_codes(layer, weight.codes)
+        weight.put_in()
     except Exception:
-        attach_adapter(layer, next(iter(adapters)))
-        layer.adapters, layer.active = adapters, active
+        reattach_adapters(layer, adapters, active)
         raise
 
 

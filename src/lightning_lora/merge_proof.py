@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.class_swap import original_class
 from lightning_lora.errors import MergeError
-from lightning_lora.kept_weights import KeptWeight
+from lightning_lora.kept_weights import KeptWeight, replace_codes, replace_weight
 from lightning_lora.layers import AdaptedLayer, adapted_layers
 from lightning_lora.merge_bases import Layer, live_weight, original_weights
 from lightning_lora.merge_config import MergeConfig
@@ -36,6 +36,10 @@ class MergedWeight(NamedTuple):
     layer: AdaptedLayer
     dense: Tensor
     codes: Tensor | None
+
+    def put_in(self) -> KeptWeight:
+        """Give the layer, whose adapters were taken off, the merged weight, and return what it had."""
+        return replace_weight(self.layer, self.dense) if self.codes is None else replace_codes(self.layer, self.codes)
 
 
 def merged_weights(module: nn.Module, config: MergeConfig, norms: Norms | None = None) -> Iterator[MergedWeight]:

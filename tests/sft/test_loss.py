@@ -1,6 +1,5 @@
 """One loss in all its forms: padded or packed, at once or in chunks, from the head or from a model's own logits."""
 
-import lightning as L
 import pytest
 import torch
 
@@ -185,21 +184,12 @@ def test_the_first_token_of_an_example_is_not_learned_from_its_neighbour(module)
     assert_same(module, module.answer_loss(shared), module.answer_loss(collate(bare, pad_id=2)))
 
 
-def test_a_packed_run_trains_adapters_under_gradient_checkpointing(tiny_pretrained, tmp_path):
+def test_a_packed_run_trains_adapters_under_gradient_checkpointing(tiny_pretrained, make_trainer):
     module = make_module(tiny_pretrained, learning_rate=1e-2, warmup_steps=1, logits_chunk=32)
     data = CompanyMessages(
         pretrained=tiny_pretrained, train_size=64, validation_size=6, batch_size=4, batching="packed"
     )
-    trainer = L.Trainer(
-        default_root_dir=tmp_path,
-        max_epochs=1,
-        accelerator="cpu",
-        callbacks=[LoRACallback(LoRAConfig(rank=4), gradient_checkpointing=True)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = make_trainer(callbacks=[LoRACallback(LoRAConfig(rank=4), gradient_checkpointing=True)])
     before = trainer.validate(module, data, verbose=False)[0]["val/loss"]
     trainer.fit(module, data)
     assert trainer.validate(module, data, verbose=False)[0]["val/loss"] < 0.99 * before
