@@ -7,12 +7,12 @@ It never sees what type of layer it is attached to; see :mod:`lightning_lora.lay
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.fused import Frozen
+from lightning_lora.fused import Frozen, Joint
 
 
 class Adapter(nn.Module, ABC):
@@ -43,17 +43,18 @@ class Adapter(nn.Module, ABC):
         """
 
     def adapt_linear(
-        self, input: Tensor, frozen: Frozen, *, passes_on: bool = False
-    ) -> tuple[Tensor, Tensor | None] | None:
+        self, input: Tensor, frozen: Frozen, *, joint: Joint | None = None, partners: Iterable[Adapter] = ()
+    ) -> tuple[Tensor, Joint | None] | None:
         """A linear layer and this adapter in one operation; None: the layer, and then :meth:`adapt`.
 
         Args:
             input: ``(..., in_features)`` in the dtype of the product.
             frozen: The layer's weight and bias.
-            passes_on: Whether a stand-in for the input is wanted, see :mod:`lightning_lora.fused.siblings`.
+            joint: What an earlier layer with the same input left.
+            partners: Adapters of layers that may get the same input next, see :mod:`lightning_lora.fused.joint`.
 
         Returns:
-            The output, and the stand-in.
+            The output, and what is left for the next layer.
         """
         return None
 

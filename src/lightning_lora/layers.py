@@ -21,6 +21,8 @@ from lightning_lora.class_swap import SwappedClass, original_class, restore_clas
 from lightning_lora.fused import CastCopy, Frozen, may_fuse, product_dtype, siblings
 from lightning_lora.quantized_layer import QuantizedLayer
 
+_MOST_FOLLOWERS = 3
+
 
 class AdaptedLayer(SwappedClass):
     """Mixin of a frozen layer with named adapters.
@@ -29,7 +31,7 @@ class AdaptedLayer(SwappedClass):
         adapters: By name.
         active: Names of those that act, in order.
         cast_copy: Keeps the weight in autocast's dtype, once autocast has acted.
-        is_followed: Whether a later layer of the same parent may get the same input, see :func:`note_siblings`.
+        followers: Later layers of the same parent that may get the same input, see :func:`note_siblings`.
     """
 
     class_prefix = "Adapted"
@@ -37,7 +39,7 @@ class AdaptedLayer(SwappedClass):
     adapters: nn.ModuleDict
     active: tuple[str, ...]
     cast_copy: CastCopy | None = None
-    is_followed: bool = False
+    followers: tuple[nn.Module, ...] = ()
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -60,19 +62,22 @@ class AdaptedLayer(SwappedClass):
         frozen = self.frozen_part(dtype, is_cast=torch.is_autocast_enabled(input.device.type))
         if frozen is None:
             return None
-        if not (torch.is_grad_enabled() and input.requires_grad):
-            siblings.forget_stand_in()
-            found = adapter.adapt_linear(input.to(dtype), frozen)
-            return None if found is None else found[0]
-        stand_in = siblings.take_stand_in(input, dtype)
-        given = input.to(dtype) if stand_in is None else stand_in
-        found = adapter.adapt_linear(given, frozen, passes_on=self.is_followed)
+        joint = siblings.take_joint(input, dtype)
+        given = input.to(dtype) if joint is None else joint.input
+        found = adapter.adapt_linear(given, frozen, joint=joint, partners=self._partners(input))
         if found is None:
             return None
-        output, passed_on = found
-        if passed_on is not None:
-            siblings.leave_stand_in(input, passed_on)
+        output, left = found
+        if left is not None:
+            siblings.leave_joint(input, left)
         return output
+
+    def _partners(self, input: Tensor) -> Iterator[Adapter]:
+        """Adapters of the layers that may get the same input next."""
+        if not input.is_inference():  # which has no version: a change would not be seen
+            for layer in self.followers:
+                if isinstance(layer, AdaptedLayer) and len(layer.active) == 1:
+                    yield layer.adapter(layer.active[0])
 
     def frozen_part(self, dtype: torch.dtype, *, is_cast: bool) -> Frozen | None:
         """Weight and bias, if a product with them in ``dtype`` is all that the layer computes without adapters.
@@ -150,6 +155,7 @@ class AdaptedLayer(SwappedClass):
         for key, value in vars(self).items():
             if "hook" in key and isinstance(value, dict):
                 vars(twin)[key] = OrderedDict()  # a hook may hold the whole model
+        twin.followers = ()
         twin = copy.deepcopy(twin).to(torch.promote_types(torch.float32, self.weight.dtype)).eval()
         drawn = torch.randn(4, self.matrix_shape[1], generator=torch.Generator().manual_seed(0))
         merged, active = twin.as_weight(twin.merged_matrix()), twin.active
@@ -283,7 +289,7 @@ def detach_adapters(layer: AdaptedLayer) -> nn.ModuleDict:
     del layer.adapters
     del layer.active
     layer.__dict__.pop("cast_copy", None)
-    layer.__dict__.pop("is_followed", None)
+    layer.__dict__.pop("followers", None)
     restore_class(layer)
     return adapters
 
@@ -295,14 +301,19 @@ def reattach_adapters(layer: nn.Module, adapters: nn.ModuleDict, active: tuple[s
 
 
 def note_siblings(module: nn.Module) -> None:
-    """Note on every adapted layer whether one of the same width comes after it in its parent, as k does after q."""
+    """Note on every adapted layer those of the same width that come after it in its parent, as k and v after q.
+
+    Which of them get its input is known when they are called. Until then it multiplies by the A of three of them, if
+    there are as many: a guess that costs little where it is wrong, as it mostly would be in a list or a sequence.
+    """
     for parent in module.modules():
-        widths: set[int] = set()
+        later: dict[int, tuple[nn.Module, ...]] = {}
         for child in reversed(list(parent.children())):
             if isinstance(child, AdaptedLayer):
                 width = child.matrix_shape[1]
-                child.is_followed = width in widths
-                widths.add(width)
+                guessed = () if isinstance(parent, nn.Sequential | nn.ModuleList) else later.get(width, ())
+                child.followers = guessed[:_MOST_FOLLOWERS]
+                later[width] = (child, *guessed)
 
 
 def drop_cast_copies(module: nn.Module) -> None:

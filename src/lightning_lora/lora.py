@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_lora.adapter import Adapter
 from lightning_lora.config import AdapterConfig
 from lightning_lora.functional import low_rank_update, low_rank_weight
-from lightning_lora.fused import Frozen, lora_linear_and_input
+from lightning_lora.fused import KERNELS, Frozen, Joint, expand, lora_linear, shrink
 from lightning_lora.layers import AdaptedLayer
 
 INITS = ("kaiming", "gaussian")
@@ -30,10 +30,13 @@ class LoRAConfig(AdapterConfig):
     that choose the layers.
 
     Attributes:
-        dropout: Probability of dropping an element of the input of the update, in ``[0, 1)``.
+        dropout: Probability of dropping an element of the input of the update, in ``[0, 1)``. Layers of one parent that
+            get the very same input, such as q, k and v, drop the same of it, as one layer in their place would.
         rank_stabilized: Scale by ``alpha / sqrt(rank)``.
         init: Of ``A``: ``"kaiming"`` (uniform within ``1 / sqrt(in_features)``, as the reference implementation) or
             ``"gaussian"`` (normal with standard deviation ``1 / rank``).
+        kernels: What computes the products with dropout: ``"torch"``, its own operations, or ``"triton"``, kernels in
+            which the mask never reaches memory. They act on CUDA, and draw another mask from the same seed.
 
     Raises:
         ValueError: For a value that has no meaning; the message names the field.
@@ -46,6 +49,7 @@ class LoRAConfig(AdapterConfig):
     dropout: float = 0.0
     rank_stabilized: bool = False
     init: str = "kaiming"
+    kernels: str = "torch"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +58,8 @@ class LoRAConfig(AdapterConfig):
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}.")
         if self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}; got {self.init!r}.")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"kernels must be one of {', '.join(KERNELS)}; got {self.kernels!r}.")
         if not isinstance(self.rank_stabilized, bool):
             raise ValueError(f"rank_stabilized must be True or False, got {self.rank_stabilized!r}.")
 
@@ -75,6 +81,7 @@ class LoRAConfig(AdapterConfig):
             alpha=alpha,
             scaling=self.scaling_of(rank=rank, alpha=alpha),
             dropout=float(self.dropout),
+            kernels=self.kernels,
             like=layer.weight,
         )
         adapter.reset_parameters(self.init, seed=_seed_of(self.seed, layer_name))
@@ -97,10 +104,11 @@ class LoRAAdapter(Adapter):
         alpha: float,
         scaling: float,
         dropout: float,
+        kernels: str,
         like: Tensor,
     ) -> None:
         super().__init__()
-        self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, scaling, dropout
+        self.rank, self.alpha, self.scaling, self.dropout, self.kernels = rank, alpha, scaling, dropout, kernels
         dtype = torch.promote_types(torch.float32, like.dtype) if like.is_floating_point() else torch.float32
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=like.device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=like.device))
@@ -145,17 +153,29 @@ class LoRAAdapter(Adapter):
 
     @override
     def adapt_linear(
-        self, input: Tensor, frozen: Frozen, *, passes_on: bool = False
-    ) -> tuple[Tensor, Tensor | None] | None:
-        return lora_linear_and_input(
-            input,
-            frozen,
-            self.lora_A,
-            self.lora_B,
-            scaling=self.scaling,
-            dropout=self.dropout if self.training else 0.0,
-            passes_on=passes_on,
-        )
+        self, input: Tensor, frozen: Frozen, *, joint: Joint | None = None, partners: Iterable[Adapter] = ()
+    ) -> tuple[Tensor, Joint | None]:
+        dropout = self._acting_dropout
+        if joint is None or not joint.serves(self.lora_A, dropout):
+            joined = [partner.lora_A for partner in partners if self._joins(partner)]
+            if not joined:
+                ours = self.lora_A, self.lora_B
+                alone = lora_linear(input, frozen, *ours, scaling=self.scaling, dropout=dropout, kernels=self.kernels)
+                return alone, None
+            joint = shrink(input, [self.lora_A, *joined], dropout=dropout, kernels=self.kernels)
+        return expand(joint, frozen, self.lora_A, self.lora_B, scaling=self.scaling)
+
+    @property
+    def _acting_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def _joins(self, other: Adapter) -> TypeGuard[LoRAAdapter]:
+        """Whether the products with both A can be one."""
+        if not isinstance(other, LoRAAdapter) or other._acting_dropout != self._acting_dropout:
+            return False
+        ours, theirs = self.lora_A, other.lora_A
+        kinds = ((type(A), A.dtype, A.device, A.shape[1:], A.requires_grad) for A in (ours, theirs))
+        return next(kinds) == next(kinds)
 
     @override
     def weight_update(self, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora.fused.dropout import Dropout, draw_dropout
+from lightning_lora.fused.dropout import MaskedDropout, draw_dropout
 from lightning_lora.fused.linear import Frozen, lora_linear, reference
 
 IN, OUT, RANK, SCALING = 24, 40, 4, 1.5
@@ -163,13 +163,14 @@ def test_a_recomputed_layer_draws_the_same_mask():
         assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
-@pytest.mark.parametrize("probability", [0.05, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("probability", [0.001, 0.05, 0.1, 0.5, 0.9])
 def test_dropout_keeps_the_mean_and_drops_the_share_that_was_asked_for(probability):
     torch.manual_seed(0)
     shares, means = [], []
     for _ in range(200):
-        drop = draw_dropout(probability)
-        kept = drop.keep(torch.ones(5000))
+        ones = torch.ones(5000)
+        drop = draw_dropout(probability, like=ones)
+        kept = drop.keep(ones)
         assert set(kept.unique().tolist()) <= {0.0, 1.0}
         shares.append(1 - kept.mean())
         means.append(kept.mean() * drop.scale)
@@ -179,10 +180,11 @@ def test_dropout_keeps_the_mean_and_drops_the_share_that_was_asked_for(probabili
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_mask_is_independent_of_the_dtype_and_of_its_neighbours(dtype):
-    drop = Dropout(seed=5, dropped=64)
+    drop = MaskedDropout(seed=5, dropped=128)
     mask = drop.keep(torch.ones(64, 63, dtype=dtype)).double()
     assert torch.equal(mask, drop.keep(torch.ones(64, 63)).double())
-    assert torch.equal(mask, drop.keep_(torch.ones(64, 63, dtype=dtype)).double())
+    ones = torch.ones(64, 63, dtype=dtype)
+    assert torch.equal(mask, drop.mask(ones.shape, ones).keep_(ones).double()) and torch.equal(mask, ones.double())
     centred = mask.flatten() - mask.mean()
     for lag in (1, 7, 8, 63):
         correlation = (centred[lag:] * centred[:-lag]).mean() / centred.square().mean()
@@ -190,6 +192,6 @@ def test_a_mask_is_independent_of_the_dtype_and_of_its_neighbours(dtype):
 
 
 def test_dropped_values_are_zero_also_where_the_input_is_not_finite():
-    drop = Dropout(seed=1, dropped=127)
+    drop = MaskedDropout(seed=1, dropped=254)
     kept = drop.keep(torch.full((1000,), float("nan")))
     assert int(kept.isnan().sum()) < 50 and bool((kept[~kept.isnan()] == 0).all())

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
@@ -66,19 +67,32 @@ def close(found, expected, tolerance):
     return all((a.double() - b.double()).norm() <= tolerance * b.double().norm() for a, b in zip(found, expected))
 
 
-def stand_ins(module, x):
-    """How many layers took one in a forward pass."""
-    taken = []
-    real = siblings.take_stand_in
+def taken(module, x):
+    """How many layers took what another one left in a forward pass."""
+    found = []
+    real = siblings.take_joint
 
     def take(*args):
-        taken.append(real(*args))
-        return taken[-1]
+        found.append(real(*args))
+        return found[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(siblings, "take_stand_in", take)
+        patch.setattr(siblings, "take_joint", take)
         module(x.clone().requires_grad_())
-    return sum(found is not None for found in taken)
+    return sum(joint is not None for joint in found)
+
+
+class Rows(TorchDispatchMode):
+    """Counts products with an A, by how many rows it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.ranks = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.mm and args[1].shape[0] == WIDTH and args[1].shape[1] < WIDTH:
+            self.ranks.append(args[1].shape[1])
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +103,7 @@ def stand_ins(module, x):
 def test_gradients_are_the_same_from_the_first_step_on(dtype, autocast, tolerance):
     module = net(dtype)
     expected = step(plain(module), batch(dtype), autocast=autocast)
-    assert stand_ins(module, batch(dtype)) == 2 * 2  # k and v of two blocks
+    assert taken(module, batch(dtype)) == 2 * 2  # k and v of two blocks
     first, second = (step(module, batch(dtype), autocast=autocast) for _ in range(2))
     assert close(first, expected, tolerance)
     assert all(map(torch.equal, first, second))
@@ -107,6 +121,90 @@ def test_the_input_is_cast_once_under_autocast():
         module(x.clone().requires_grad_())
     copies = {t.untyped_storage().data_ptr() for t in kept if t.dtype == torch.bfloat16 and t.shape == x.shape}
     assert len(copies) == 3  # one input of q, k and v; their sum, for the product with x; the input of the last layer
+
+
+def test_q_k_and_v_have_one_product_with_their_A():
+    module, x = net(depth=1), batch()
+    with Rows() as products:
+        module(x)
+    assert products.ranks == [4 * 3, 3]  # of q, k, v and, in case that it has the same input, out; of out
+
+
+def test_a_layer_that_got_another_input_is_trained_by_its_own():
+    """q multiplies by the A of all; v, which is called with something else, must not take that product."""
+
+    class Crossed(Attention):
+        def forward(self, x):
+            return self.q(x) + self.k(x) + self.v(2 * x) + self.out(x)
+
+    module = nn.Sequential(Crossed()).double()
+    inject_adapters(module, LoRAConfig(rank=2, target_modules=["q", "k", "v", "out"]))
+    nn.init.normal_(module[0].v.adapters["default"].lora_B)
+    assert close(step(module, batch()), step(plain(module), batch()), 1e-10)
+
+
+def test_a_layer_that_is_not_called_gets_no_gradient():
+    module = net(depth=1)
+    module[0].skip = "k"
+    step(module, batch())
+    gradients = {name: p.grad is not None for name, p in module.named_parameters() if "lora_" in name}
+    assert {name.split(".")[1] for name, has in gradients.items() if not has} == {"k"}
+    assert sum(gradients.values()) == 2 * 3
+
+
+@pytest.mark.parametrize("changed", ["weights", "mode", "adapter"])
+def test_what_was_left_is_not_taken_after_a_change(changed):
+    class Changing(Attention):
+        def forward(self, x):
+            first = self.q(x)
+            with torch.no_grad():
+                if changed == "weights":
+                    self.k.adapters["default"].lora_A.mul_(2)
+                elif changed == "mode":
+                    self.k.eval()
+                else:
+                    self.k.active = ()
+            return first, self.k(x)
+
+    module = nn.Sequential(Changing())
+    inject_adapters(module, LoRAConfig(rank=2, dropout=0.5, target_modules=["q", "k"]))
+    nn.init.normal_(module[0].k.adapters["default"].lora_B)
+    x = batch(torch.float32)
+    torch.manual_seed(0)
+    found = module.train()(x)[1]
+    if changed == "weights":  # what it computes alone, from the number that it drew
+        torch.manual_seed(0)
+        torch.randint(0, 2**31 - 1, ())
+    torch.testing.assert_close(found, module[0].k(x))
+
+
+def test_layers_with_the_same_input_drop_the_same_of_it():
+    module = net(torch.float32, dropout=0.5, depth=1).train()
+    block, x = module[0], batch(torch.float32)
+    for name in "kv":
+        for factor in ("lora_A", "lora_B"):
+            setattr(block.get_submodule(name).adapters["default"], factor, getattr(block.q.adapters["default"], factor))
+    q, k, v = (
+        layer(x) - torch.nn.functional.linear(x, layer.weight, layer.bias) for layer in (block.q, block.k, block.v)
+    )
+    torch.testing.assert_close(q, k)
+    torch.testing.assert_close(q, v)
+    again = block.q(x) - torch.nn.functional.linear(x, block.q.weight, block.q.bias)
+    assert not torch.allclose(q, again)
+
+
+def test_layers_of_different_ranks_share_a_product():
+    module = nn.Sequential(Attention()).double()
+    inject_adapters(
+        module, LoRAConfig(rank=2, target_modules=["q", "k", "v", "out"], rank_pattern={"k": 5}, dropout=0.0)
+    )
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    with Rows() as products:
+        found = step(module, batch())
+    assert products.ranks[0] == 2 + 5 + 2 + 2
+    assert close(found, step(plain(module), batch()), 1e-10)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -187,13 +285,30 @@ def test_second_derivatives_pass_through_siblings():
 def test_siblings_are_known_again_after_a_merge_and_its_undoing():
     module = net()
     merge_adapters(module)
-    assert not any("is_followed" in vars(child) for child in module.modules())
+    assert not any("followers" in vars(child) for child in module.modules())
     unmerge_adapters(module)
-    assert stand_ins(module, batch()) == 2 * 2
+    assert taken(module, batch()) == 2 * 2
 
 
-def test_only_layers_with_a_sibling_after_them_leave_something():
+def test_a_layer_knows_those_of_its_width_that_come_after_it_in_its_parent():
     module = net(depth=1)
-    assert {name for name, child in module[0].named_children() if child.is_followed} == {"q", "k", "v"}
+    assert [child.followers for child in module[0].children()] == [
+        (module[0].k, module[0].v, module[0].out),
+        (module[0].v, module[0].out),
+        (module[0].out,),
+        (),
+    ]
     remove_adapters(module)
-    assert not any("is_followed" in vars(child) for child in module.modules())
+    assert not any("followers" in vars(child) for child in module.modules())
+
+
+def test_at_most_three_are_guessed_and_none_in_a_list_or_a_sequence():
+    wide = nn.Module()
+    for index in range(6):
+        wide.add_module(f"fc{index}", nn.Linear(WIDTH, WIDTH))
+    lists = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+    row = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3)))
+    module = nn.ModuleList([wide, lists, row])
+    inject_adapters(module, LoRAConfig(rank=2, target_modules="all-linear"))
+    assert [len(child.followers) for child in wide.children()] == [3, 3, 3, 2, 1, 0]
+    assert not any(child.followers for child in (*lists, *row))

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lightning_lora.fused.dropout import Dropout, draw_dropout
 
-_NOTHING = (None,) * 8  # a gradient for each argument of the node
 Dequantize = Callable[[torch.dtype], Tensor]
 
 
@@ -35,13 +34,6 @@ class Frozen(NamedTuple):
 
 
 def lora_linear(
-    input: Tensor, frozen: Frozen, lora_A: Tensor, lora_B: Tensor, *, scaling: float, dropout: float = 0.0
-) -> Tensor:
-    """``F.linear`` with a frozen weight, and a low-rank update that trains (:func:`lora_linear_and_input`)."""
-    return lora_linear_and_input(input, frozen, lora_A, lora_B, scaling=scaling, dropout=dropout, passes_on=False)[0]
-
-
-def lora_linear_and_input(
     input: Tensor,
     frozen: Frozen,
     lora_A: Tensor,
@@ -49,9 +41,9 @@ def lora_linear_and_input(
     *,
     scaling: float,
     dropout: float = 0.0,
-    passes_on: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """:func:`lora_linear`, and a stand-in for the input.
+    kernels: str = "torch",
+) -> Tensor:
+    """``F.linear`` with a frozen weight, and a low-rank update that trains.
 
     Args:
         input: ``(..., in_features)``, of floating point; its dtype is that of all products.
@@ -60,24 +52,21 @@ def lora_linear_and_input(
         lora_B: ``(out_features, rank)``, at least in fp32.
         scaling: Factor of the update.
         dropout: Probability of dropping an element of the input of the update.
-        passes_on: False: no stand-in.
+        kernels: For the products with dropout, see :func:`~lightning_lora.fused.dropout.draw_dropout`.
 
     Returns:
-        ``(..., out_features)`` in the input's dtype, and the input itself as a tensor whose gradient, if something
-        gives it one, becomes the input's, with what this layer adds to it.
+        ``(..., out_features)`` in the input's dtype.
     """
-    drop = draw_dropout(dropout) if dropout > 0.0 else None
-    arguments = input, frozen, lora_A, lora_B, scaling, drop, passes_on
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        whole: tuple[Tensor, Tensor | None] = _LoRALinear.apply(*arguments, None)  # type: ignore[no-untyped-call]
+    drop = draw_dropout(dropout, like=input, kernels=kernels)
+    arguments = input, frozen, lora_A, lora_B, scaling, drop
+    if not is_deferred():
+        whole: Tensor = _LoRALinear.apply(*arguments, None)  # type: ignore[no-untyped-call]
         return whole
-    products: list[_Products] = []
-    stub, passed_on = _LoRALinear.apply(*arguments, products)  # type: ignore[no-untyped-call]
-    output: Tensor = _Deferred.apply(stub, products)  # type: ignore[no-untyped-call]
-    return output, passed_on
+    products: list[Products] = []
+    return compute_deferred(_LoRALinear.apply(*arguments, products), products)  # type: ignore[no-untyped-call]
 
 
-class _Products(NamedTuple):
+class Products(NamedTuple):
     """The products whose sum is the output, in the order of their cost."""
 
     hidden: Tensor
@@ -88,18 +77,40 @@ class _Products(NamedTuple):
     shape: torch.Size
 
     def compute(self) -> Tensor:
-        weight = _weight(self.frozen, self.x.dtype)
+        """``(..., out_features)``."""
+        weight = weight_in(self.frozen, self.x.dtype)
         output = F.linear(self.hidden, self.second, self.bias).addmm_(self.x, weight.t())
         # A view would be closed to changes in place, which ReLU(inplace=True) behind a layer makes.
         reshaped: Tensor = torch.ops.aten._unsafe_view(output, self.shape)
         return reshaped
 
+    def output(self, deferred: list[Products] | None) -> Tensor:
+        """The output; with a list to put the products in, a stub that has its shape alone."""
+        if deferred is None:
+            return self.compute()
+        deferred.append(self)
+        return self.x.new_empty(()).expand(self.shape)
+
+
+def is_deferred() -> bool:
+    """Whether something looks at what is saved, as a checkpoint does, whose recomputation ends with the last of it.
+
+    Then a node that saves all there is to save, and computes the output in a second one, leaves out the large product.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def compute_deferred(stub: Tensor, products: list[Products]) -> Tensor:
+    """The output of a node that made a stub of it."""
+    output: Tensor = _Deferred.apply(stub, products)  # type: ignore[no-untyped-call]
+    return output
+
 
 class _Deferred(torch.autograd.Function):
-    """Computes the output of a :class:`_LoRALinear` that has saved all there is to save, and hands its gradient on."""
+    """Computes the output of a node that has saved all there is to save, and hands its gradient on."""
 
     @staticmethod
-    def forward(ctx: Any, stub: Tensor, products: list[_Products]) -> Tensor:
+    def forward(ctx: Any, stub: Tensor, products: list[Products]) -> Tensor:
         ctx.set_materialize_grads(False)
         return products.pop().compute()
 
@@ -109,8 +120,6 @@ class _Deferred(torch.autograd.Function):
 
 
 class _LoRALinear(torch.autograd.Function):
-    """The layer; with a list for the products, they go there, and the output is a stub that has its shape alone."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -119,81 +128,82 @@ class _LoRALinear(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
-        drop: Dropout | None,
-        passes_on: bool,
-        deferred: list[_Products] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        dtype = input.dtype
-        x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-        kept = x if drop is None else drop.keep(x)
-        # Factors go into the small B: an activation is never scaled.
-        small_A, small_B = lora_A.to(dtype), (lora_B * _factor(scaling, drop)).to(dtype)
-        hidden = F.linear(kept, small_A)
-        bias = None if frozen.bias is None else frozen.bias.to(dtype)
-        shape = torch.Size((*input.shape[:-1], len(small_B)))
-        products = _Products(hidden, small_B, bias, x, frozen, shape)
+        drop: Dropout,
+        deferred: list[Products] | None,
+    ) -> Tensor:
+        x = rows(input)
+        factor = scaling * drop.scale
+        small_A, small_B = lora_A.to(x.dtype), scaled(lora_B, factor, x.dtype)
+        hidden = drop.project(x, small_A)
         weight = frozen.weight if isinstance(frozen.weight, Tensor) else None
         kept_input = input if lora_A.requires_grad else None
         ctx.save_for_backward(kept_input, hidden, weight, lora_A, lora_B, small_A, small_B)
         ctx.frozen = frozen if weight is None else None
-        ctx.settings = scaling, drop, input.shape, dtype
+        ctx.settings = scaling, factor, drop, input.shape, x.dtype
         ctx.set_materialize_grads(False)
-        if deferred is None:
-            output = products.compute()
-        else:
-            deferred.append(products)
-            output = x.new_empty(()).expand(shape)
-        return output, input.detach() if passes_on else None
+        shape = torch.Size((*input.shape[:-1], len(small_B)))
+        return Products(hidden, small_B, bias_in(frozen, x.dtype), x, frozen, shape).output(deferred)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, passed_on: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return passed_on, *_NOTHING[1:]
+            return (None,) * 7
         input, hidden, weight, lora_A, lora_B, small_A, small_B = ctx.saved_tensors
-        scaling, drop, shape, dtype = ctx.settings
+        _, factor, drop, shape, dtype = ctx.settings
         frozen = ctx.frozen or Frozen(weight, None)
         if torch.is_grad_enabled():
-            leaves = input, lora_A, lora_B
-            return _differentiable_backward(ctx, leaves, grad_output, passed_on, frozen)
-        gradient = grad_output if len(shape) == 2 else grad_output.reshape(-1, grad_output.shape[-1])
-        gradient = gradient.to(dtype)
+            return _differentiable_backward(ctx, (input, lora_A, lora_B), grad_output, frozen)
+        gradient = rows(grad_output).to(dtype)
         inner = gradient.mm(small_B)
         needs_input, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        grad_A = grad_B = grad_input = None
-        if needs_B:
-            # The smaller dimension first is the faster order; the copy transposes and widens at once.
-            grad_B = torch.empty_like(lora_B).copy_(hidden.t().mm(gradient).t()).mul_(_factor(scaling, drop))
-        if needs_A:
-            x = input if len(shape) == 2 else input.reshape(-1, shape[-1])
-            grad_A = inner.t().mm(x if drop is None else drop.keep(x)).to(lora_A.dtype)
-        if needs_input:
-            gathered = _gradient_of_input(gradient, _weight(frozen, dtype), inner, small_A, drop, passed_on)
-            grad_input = gathered.view(shape)
-        return grad_input, None, grad_A, grad_B, *_NOTHING[4:]
+        grad_B = gradient_of_second(hidden, gradient, lora_B, factor) if needs_B else None
+        gathered = gradient.mm(weight_in(frozen, dtype)) if needs_input else None
+        x = rows(input) if needs_A else None
+        grad_A, grad_input = drop.pull_back(inner, small_A, x=x, to_input=needs_input, gathered=gathered)
+        return (
+            shaped(grad_input, shape),
+            None,
+            None if grad_A is None else grad_A.to(lora_A.dtype),
+            grad_B,
+            None,
+            None,
+            None,
+        )
 
 
-def _gradient_of_input(
-    gradient: Tensor, weight: Tensor, inner: Tensor, small_A: Tensor, drop: Dropout | None, passed_on: Tensor | None
-) -> Tensor:
-    """What base and update give, on top of what layers with the same input gave: that tensor is nobody else's."""
-    # Accumulating onto a tensor makes the large product slower than the small one.
-    if passed_on is None:
-        gathered = gradient.mm(weight)
-    else:
-        gathered = passed_on.reshape(-1, passed_on.shape[-1]).addmm_(gradient, weight)
-    return gathered.addmm_(inner, small_A) if drop is None else gathered.add_(drop.keep_(inner.mm(small_A)))
+def rows(values: Tensor) -> Tensor:
+    """``(..., features)`` as a matrix."""
+    return values if values.dim() == 2 else values.reshape(-1, values.shape[-1])
 
 
-def _weight(frozen: Frozen, dtype: torch.dtype) -> Tensor:
+def scaled(lora_B: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """B with all factors in it: they go into what is small, an activation is never scaled."""
+    return (lora_B * factor).to(dtype)
+
+
+def bias_in(frozen: Frozen, dtype: torch.dtype) -> Tensor | None:
+    """The bias in the dtype of the product."""
+    return None if frozen.bias is None else frozen.bias.to(dtype)
+
+
+def weight_in(frozen: Frozen, dtype: torch.dtype) -> Tensor:
+    """The weight in the dtype of the product."""
     return frozen.weight if isinstance(frozen.weight, Tensor) else frozen.weight(dtype)
 
 
-def _factor(scaling: float, drop: Dropout | None) -> float:
-    return scaling if drop is None else scaling * drop.scale
+def gradient_of_second(hidden: Tensor, gradient: Tensor, lora_B: Tensor, factor: float) -> Tensor:
+    """``factor * gradient^T hidden`` in the dtype and layout of B."""
+    # The smaller dimension first is the faster order; the copy transposes and widens at once.
+    return torch.empty_like(lora_B).copy_(hidden.t().mm(gradient).t()).mul_(factor)
+
+
+def shaped(gradient: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The gradient of the input in its shape."""
+    return None if gradient is None else gradient.view(shape)
 
 
 def _differentiable_backward(
-    ctx: Any, saved: tuple[Tensor | None, Tensor, Tensor], grad_output: Tensor, passed_on: Tensor | None, frozen: Frozen
+    ctx: Any, saved: tuple[Tensor | None, Tensor, Tensor], grad_output: Tensor, frozen: Frozen
 ) -> tuple[Tensor | None, ...]:
     """For ``create_graph=True``: the gradients of the plain composition, as functions of all that they depend on.
 
@@ -201,37 +211,25 @@ def _differentiable_backward(
         ctx: Of the node.
         saved: Input, A and B. A checkpoint gives what was saved once only.
         grad_output: Of the output.
-        passed_on: Of the stand-in.
         frozen: Weight and bias.
     """
     input, lora_A, lora_B = saved
-    scaling, drop, _, dtype = ctx.settings
+    scaling, _, drop, _, dtype = ctx.settings
     if input is None:
         raise RuntimeError("lora_linear keeps no input for a frozen lora_A, and has no second derivative without it.")
-    leaves = [tensor for tensor, needed in zip((input, lora_A, lora_B), _needed(ctx), strict=True) if needed]
+    needed = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]
+    leaves = [tensor for tensor, wanted in zip((input, lora_A, lora_B), needed, strict=True) if wanted]
     with torch.enable_grad():
         output = reference(input, frozen, lora_A, lora_B, scaling=scaling, drop=drop)
         found = iter(torch.autograd.grad(output, leaves, grad_output.to(dtype), create_graph=True))
-    gradients = [next(found) if needed else None for needed in _needed(ctx)]
-    if passed_on is not None:
-        gradients[0] = passed_on if gradients[0] is None else gradients[0] + passed_on
-    return gradients[0], None, gradients[1], gradients[2], *_NOTHING[4:]
-
-
-def _needed(ctx: Any) -> tuple[bool, bool, bool]:
-    needed = ctx.needs_input_grad
-    return needed[0], needed[2], needed[3]
+    grad_input, grad_A, grad_B = (next(found) if wanted else None for wanted in needed)
+    return grad_input, None, grad_A, grad_B, None, None, None
 
 
 def reference(
     input: Tensor, frozen: Frozen, lora_A: Tensor, lora_B: Tensor, *, scaling: float, drop: Dropout | None = None
 ) -> Tensor:
     """What :func:`lora_linear` computes, from torch's own operations."""
-    dtype = input.dtype
-    kept = input
-    if drop is not None:
-        mask = drop.keep(torch.ones_like(input)) * drop.scale
-        kept = input * mask
-    update = F.linear(F.linear(kept, lora_A.to(dtype)), (lora_B * scaling).to(dtype))
-    bias = None if frozen.bias is None else frozen.bias.to(dtype)
-    return F.linear(input, _weight(frozen, dtype), bias) + update
+    dtype, drop = input.dtype, drop or Dropout()
+    update = F.linear(F.linear(drop.keep(input) * drop.scale, lora_A.to(dtype)), (lora_B * scaling).to(dtype))
+    return F.linear(input, weight_in(frozen, dtype), bias_in(frozen, dtype)) + update
