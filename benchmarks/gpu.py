@@ -1,14 +1,16 @@
 """Everything that needs a GPU, in one run: ``python -m benchmarks.gpu --output benchmarks/results/gpu.json``.
 
-Checks the fused layer against torch's own operations, times training steps of 7B-shaped layers (dense and 4-bit)
-against PEFT and the frozen base with their peak memory, and trains a whole 7B shape in 4 bits beside its plan. Each
-part is written as soon as it is done. ``--tiny`` runs the same on a CPU in seconds.
+Checks the fused layer against torch's own operations, checks and times Triton's kernels, times training steps of
+7B-shaped layers (dense and 4-bit) against PEFT and the frozen base with their peak memory, and trains a whole 7B shape
+in 4 bits beside its plan. Each part is written as soon as it is done. ``--tiny`` runs the same on a CPU in seconds
+(with ``TRITON_INTERPRET=1`` the kernels, too, but no step with them).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from torch import nn
 from benchmarks import harness, models, record, training
 from lightning_lora import LoRAConfig, QuantizationConfig, inject_adapters
 from lightning_lora.device_memory import PeakMeter
+from lightning_lora.fused.dropout import KERNELS, draw_dropout
 from lightning_lora.planning import TokenBatch, plan_memory
 
 STEP = models.Case(shape="llama-7b-4-layers", precision="bf16", batch=4, length=2048)
@@ -61,6 +64,62 @@ def _layer(
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one.float() - other.float()).norm() / other.float().norm()).item()
+
+
+def check_kernels(device: torch.device, *, tokens: int, widths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+    """Triton's kernels against their definition with the same mask, and their time against torch's own operations."""
+    rows = []
+    for width in widths:
+        for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+            x, inner, small_A = (
+                torch.randn(shape, device=device, dtype=dtype) for shape in ((tokens, width), (tokens, 16), (16, width))
+            )
+            with torch.no_grad():
+                found, expected = _kernel_passes(x, inner, small_A)
+            steps = {name: _passes(name, x, inner, small_A) for name in KERNELS}
+            timings = harness.interleave(
+                {name: _finished(step, device) for name, step in steps.items()},
+                rounds=rounds,
+                clock=harness.CLOCKS["wall"],
+            )
+            rows.append(
+                {
+                    "width": width,
+                    "dtype": str(dtype),
+                    "largest_difference": max(map(_difference, found, expected)),
+                    "time_to_torch": timings.ratio("triton", to="torch").to_dict(),
+                }
+            )
+    return rows
+
+
+def _kernel_passes(
+    x: torch.Tensor, inner: torch.Tensor, small_A: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Projection and both gradients by the kernels, and from the mask that they draw, in fp32."""
+    drop = draw_dropout(0.05, like=x, kernels="triton")
+    grad_A, grad_input = drop.pull_back(inner, small_A, x=x, to_input=True, gathered=x.clone())
+    mask = drop.keep(torch.ones_like(x)).float()
+    assert grad_A is not None
+    assert grad_input is not None
+    expected = [
+        (x.float() * mask) @ small_A.float().t(),
+        inner.float().t() @ (x.float() * mask),
+        x.float() + (inner.float() @ small_A.float()) * mask,
+    ]
+    return [drop.project(x, small_A), grad_A, grad_input], expected
+
+
+def _passes(kernels: str, x: torch.Tensor, inner: torch.Tensor, small_A: torch.Tensor) -> Callable[[], None]:
+    gathered = x.clone()
+
+    @torch.no_grad()
+    def run() -> None:
+        drop = draw_dropout(0.05, like=x, kernels=kernels)
+        drop.project(x, small_A)
+        drop.pull_back(inner, small_A, x=x, to_input=True, gathered=gathered)
+
+    return run
 
 
 def time_step(case: models.Case, device: torch.device, *, rounds: int) -> dict[str, Any]:
@@ -185,11 +244,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     content: dict[str, Any] = {"device": "cpu" if options.tiny else torch.cuda.get_device_name()}
     environment = record.environment()
     parts: dict[str, Callable[[], Any]] = {"layers": lambda: check_layers(device)}
-    for name, case in {
+    if not options.tiny or os.environ.get("TRITON_INTERPRET") == "1":
+        tokens, widths = (70, (200,)) if options.tiny else (8192, (4096, 11008))
+        parts["kernels"] = lambda: check_kernels(device, tokens=tokens, widths=widths, rounds=options.rounds)
+    cases = {
         "dense": STEP,
         "dense, dropout": replace(STEP, dropout=0.05),
+        "dense, dropout, triton": replace(STEP, dropout=0.05, kernels="triton"),
         "nf4": replace(STEP, quantization="nf4-double"),
-    }.items():
+    }
+    if options.tiny:
+        del cases["dense, dropout, triton"]
+    for name, case in cases.items():
         tested = replace(case, **changes)
         parts[name] = lambda tested=tested: time_step(tested, device, rounds=options.rounds)
     parts["whole"] = lambda: train_whole(replace(WHOLE, **changes), device, steps=options.rounds)

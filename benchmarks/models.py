@@ -114,6 +114,7 @@ class Case:
     layers: str = "all"
     gradient_checkpointing: bool = False
     compiled: bool = False
+    kernels: str = "torch"
 
     def __post_init__(self) -> None:
         for field, known in (
@@ -242,6 +243,7 @@ def with_ours(base: nn.Module, case: Case, *, like: nn.Module | None) -> nn.Modu
         dropout=case.dropout,
         target_modules=case.linear,
         layers=case.adapted_layers,
+        kernels=case.kernels,
     )
     form = QUANTIZATIONS[case.quantization]
     inject_adapters(model, config, quantization=QuantizationConfig(**form) if form else None)
