@@ -57,6 +57,7 @@ GROUPS = (
         "fit_end",
         "guards",
         "hooks",
+        "liger",
         "load",
         "memory_log",
         "optimizer_swap",
@@ -70,7 +71,9 @@ GROUPS = (
 LIGHTNING = {*GROUPS[7], "sft", "app"}
 OPTIONAL = {
     "huggingface_hub": {"weight_files"},
-    "transformers": {"fresh", "export", "merge", "planning", "targets", "sft"},
+    "transformers": {"fresh", "export", "liger", "merge", "planning", "targets", "sft"},
+    "triton": {"fused"},
+    "liger_kernel": {"liger"},
     "hydra": {"app"},
     "omegaconf": {"app", "hyperparameters", "load"},
     "wandb": set[str](),
@@ -81,6 +84,7 @@ OPTIONAL = {
     "bitsandbytes": {"quantization", "optimizer_swap"},
 }
 ITS_OWN_DEPENDENCY = {
+    ("fused", "triton"),  # in a module of its own, imported when it is asked for
     ("quantization", "bitsandbytes"),
     ("optimizer_swap", "bitsandbytes"),
     ("sft", "transformers"),

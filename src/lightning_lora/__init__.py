@@ -20,6 +20,7 @@ from lightning_lora.gradient_checkpointing import (
     enable_gradient_checkpointing,
 )
 from lightning_lora.injection import disable_adapters, inject_adapters, remove_adapters
+from lightning_lora.liger import LigerKernels
 from lightning_lora.load import load_from_checkpoint
 from lightning_lora.lora import LoRAConfig
 from lightning_lora.merge import merge_adapters, unmerge_adapters
@@ -41,6 +42,7 @@ __all__ = [
     "GradientCheckpointingReport",
     "InjectionReport",
     "LayerRow",
+    "LigerKernels",
     "LightningLoRAError",
     "LoRACallback",
     "LoRAConfig",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import LoRAConfig, inject_adapters
+from lightning_lora import LoRAConfig, MissingDependencyError, inject_adapters
 from lightning_lora.fused import expand, lora_linear, shrink
 from lightning_lora.fused.dropout import MaskedDropout, draw_dropout
 from lightning_lora.fused.linear import Frozen, reference
@@ -159,5 +159,5 @@ def test_an_adapter_uses_them_where_they_act_and_torch_elsewhere(monkeypatch):
 def test_without_triton_the_message_says_what_to_do(monkeypatch):
     monkeypatch.delitem(sys.modules, "lightning_lora.fused.kernels")
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ImportError, match='kernels="torch"'):
+    with pytest.raises(MissingDependencyError, match='kernels="torch"'):
         draw_dropout(0.5, like=draw(3, seed=1), kernels="triton")

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_lora.errors import MissingDependencyError
+
 KERNELS = ("torch", "triton")
 _LEVELS = 256  # of a byte
 _FIXED: ContextVar[int | None] = ContextVar("seed of all masks", default=None)
@@ -147,7 +149,7 @@ def draw_dropout(probability: float, *, like: Tensor, kernels: str = "torch") ->
         kernels: One of ``KERNELS``; "triton" acts on CUDA, and below fp64.
 
     Raises:
-        ImportError: If Triton's kernels are asked for where it is not installed.
+        MissingDependencyError: If Triton's kernels are asked for where it is not installed.
     """
     if probability == 0.0:
         return Dropout()
@@ -174,7 +176,7 @@ def _kernels() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        raise ImportError(
+        raise MissingDependencyError(
             'LoRAConfig(kernels="triton"): triton is not installed. It comes with torch for CUDA on Linux; '
             'on Windows `pip install triton-windows`, or leave kernels="torch".'
         ) from error
