@@ -37,18 +37,18 @@ class Row:
 def read(folder: Path = RECORDS) -> Iterator[Row]:
     """The rows of all step records, by shape and setting."""
     for path in sorted(folder.glob("step-*.json")):
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-            yield _row(row)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for row in record["rows"]:
+            yield _row(row, optimizer=record["settings"]["optimizer"])
 
 
-def _row(row: dict[str, Any]) -> Row:
+def _row(row: dict[str, Any], *, optimizer: bool) -> Row:
     case, ratios, memory = models.Case(**row["case"]), row["ratios"], row["memory"]
+    is_vision = isinstance(models.SHAPES[case.shape], models.VisionShape)
     known = {"ours_to_peft", "ours_to_peft_best", "ours_to_frozen", "peft_to_frozen"}
     return Row(
-        setting=_setting(case),
-        shape=f"{case.shape}, {case.batch} x {case.length}"
-        if "vit" not in case.shape
-        else f"{case.shape}, {case.batch}",
+        setting=_setting(case) + (", with clipping and AdamW" if optimizer else ""),
+        shape=f"{case.shape}, {case.batch}" if is_vision else f"{case.shape}, {case.batch} x {case.length}",
         peft=ratios["ours_to_peft"],
         peft_best=ratios["ours_to_peft_best"]["median"],
         floor=ratios["ours_to_frozen"]["median"],

@@ -58,7 +58,7 @@ def _project_group(x, a, token, column, number, threshold, tokens, width, rank, 
     return tl.dot(kept, tl.trans(small), input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "tokens"])
 def _project(
     x,
     a,
@@ -103,7 +103,7 @@ def _store_group(partial, part, column, values, width, rank, RANK: tl.constexpr)
     tl.store(partial + place, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "tokens"])
 def _gradient_of_A(
     x, inner, partial, seed, threshold, tokens, width, rank, steps,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
@@ -140,7 +140,7 @@ def _add_group(gathered, given, a, token, column, number, threshold, tokens, wid
     tl.store(place, (before.to(tl.float32) + added).to(gathered.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "tokens"])
 def _add_to_input(
     gathered, inner, a, seed, threshold, tokens, width, rank,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
