@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.fused import Frozen, Joint
@@ -43,12 +44,19 @@ class Adapter(nn.Module, ABC):
         """
 
     def adapt_linear(
-        self, input: Tensor, frozen: Frozen, *, joint: Joint | None = None, partners: Iterable[Adapter] = ()
+        self,
+        input: Tensor,
+        dtype: torch.dtype,
+        frozen: Frozen,
+        *,
+        joint: Joint | None = None,
+        partners: Iterable[Adapter] = (),
     ) -> tuple[Tensor, Joint | None] | None:
         """A linear layer and this adapter in one operation; None: the layer, and then :meth:`adapt`.
 
         Args:
-            input: ``(..., in_features)`` in the dtype of the product.
+            input: ``(..., in_features)``.
+            dtype: Of the product.
             frozen: The layer's weight and bias.
             joint: What an earlier layer with the same input left.
             partners: Adapters of layers that may get the same input next, see :mod:`lightning_lora.fused.joint`.

@@ -63,8 +63,7 @@ class AdaptedLayer(SwappedClass):
         if frozen is None:
             return None
         joint = siblings.take_joint(input, dtype)
-        given = input.to(dtype) if joint is None else joint.input
-        found = adapter.adapt_linear(given, frozen, joint=joint, partners=self._partners(input))
+        found = adapter.adapt_linear(input, dtype, frozen, joint=joint, partners=self._partners(input))
         if found is None:
             return None
         output, left = found

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from typing_extensions import override
 from lightning_lora.adapter import Adapter
 from lightning_lora.config import AdapterConfig
 from lightning_lora.functional import low_rank_update, low_rank_weight
-from lightning_lora.fused import KERNELS, Frozen, Joint, expand, lora_linear, shrink
+from lightning_lora.fused import KERNELS, Frozen, Joint, expand, lora_linear, shrink, siblings
 from lightning_lora.layers import AdaptedLayer
 
 INITS = ("kaiming", "gaussian")
+_MOST_JOINED = 128  # ranks in one product: of a guess that is wrong, not much is lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,29 +154,44 @@ class LoRAAdapter(Adapter):
 
     @override
     def adapt_linear(
-        self, input: Tensor, frozen: Frozen, *, joint: Joint | None = None, partners: Iterable[Adapter] = ()
+        self,
+        input: Tensor,
+        dtype: torch.dtype,
+        frozen: Frozen,
+        *,
+        joint: Joint | None = None,
+        partners: Iterable[Adapter] = (),
     ) -> tuple[Tensor, Joint | None]:
-        dropout = self._acting_dropout
-        if joint is None or not joint.serves(self.lora_A, dropout):
-            joined = [partner.lora_A for partner in partners if self._joins(partner)]
-            if not joined:
-                ours = self.lora_A, self.lora_B
-                alone = lora_linear(input, frozen, *ours, scaling=self.scaling, dropout=dropout, kernels=self.kernels)
+        dropout = self.dropout if self.training else 0.0
+        lora_A, lora_B = self.lora_A, self.lora_B  # read once: a parametrization makes a new tensor each time
+        if joint is None or not joint.serves(lora_A, dropout):
+            given = input.to(dtype)
+            joined: list[Tensor] = [lora_A]
+            if siblings.may_share(dropout):
+                joined += self._joining(partners)
+            if len(joined) == 1:
+                alone = lora_linear(
+                    given, frozen, lora_A, lora_B, scaling=self.scaling, dropout=dropout, kernels=self.kernels
+                )
                 return alone, None
-            joint = shrink(input, [self.lora_A, *joined], dropout=dropout, kernels=self.kernels)
-        return expand(joint, frozen, self.lora_A, self.lora_B, scaling=self.scaling)
+            joint = shrink(given, joined, dropout=dropout, kernels=self.kernels)
+        return expand(joint, frozen, lora_A, lora_B, scaling=self.scaling)
+
+    def _joining(self, partners: Iterable[Adapter]) -> Iterator[Tensor]:
+        """The A of others with which there can be one product."""
+        rank, kind = self.rank, self._kind_of_product
+        for partner in partners:
+            if kind is not None and isinstance(partner, LoRAAdapter) and partner._kind_of_product == kind:
+                rank += partner.rank
+                if rank <= _MOST_JOINED:
+                    yield partner.lora_A
 
     @property
-    def _acting_dropout(self) -> float:
-        return self.dropout if self.training else 0.0
-
-    def _joins(self, other: Adapter) -> TypeGuard[LoRAAdapter]:
-        """Whether the products with both A can be one."""
-        if not isinstance(other, LoRAAdapter) or other._acting_dropout != self._acting_dropout:
-            return False
-        ours, theirs = self.lora_A, other.lora_A
-        kinds = ((type(A), A.dtype, A.device, A.shape[1:], A.requires_grad) for A in (ours, theirs))
-        return next(kinds) == next(kinds)
+    def _kind_of_product(self) -> tuple[object, ...] | None:
+        A = self._parameters.get("lora_A")
+        if A is None:
+            return None
+        return type(A), A.dtype, A.device, A.shape[1:], A.requires_grad, self.dropout, self.training, self.kernels
 
     @override
     def weight_update(self, weight: Tensor) -> Tensor:

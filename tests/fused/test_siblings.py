@@ -193,6 +193,97 @@ def test_layers_with_the_same_input_drop_the_same_of_it():
     assert not torch.allclose(q, again)
 
 
+def losses_of_heads(block, x):
+    return [getattr(block, name)(x).square().sum() for name in "qkv"]
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True], ids=["detached", "leaf"])
+@pytest.mark.parametrize("when", ["after all", "at once"])
+def test_heads_over_one_input_have_backward_passes_of_their_own(needs_gradient, when):
+    found = []
+    for module in (net(depth=1), plain(net(depth=1))):
+        x = batch().requires_grad_(needs_gradient)
+        if when == "after all":
+            for loss in losses_of_heads(module[0], x):
+                loss.backward()
+        else:
+            for name in "qkvq":
+                getattr(module[0], name)(x).square().sum().backward()
+        found.append([x.grad] if needs_gradient else [])
+        found[-1] += [p.grad for name, p in module.named_parameters() if "lora_" in name and ".out." not in name]
+    assert close(*found, 1e-10)
+
+
+def test_an_input_that_changes_between_two_backward_passes_is_noticed():
+    block, x = net(depth=1)[0], batch()
+    losses = losses_of_heads(block, x)
+    losses[0].backward()
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place between two backward passes"):
+        losses[1].backward()
+
+
+@pytest.mark.parametrize("around", ["each", "all"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_both_runs_of_a_checkpoint_drop_the_same(reentrant, around):
+    """Of a sum, the gradient of B times B is what the update adds."""
+    block = net(dropout=0.5, depth=1)[0].train()
+    layers, x = (block.q, block.k, block.v), batch().requires_grad_()
+    if around == "each":
+        outputs = [checkpoint(layer, x, use_reentrant=reentrant) for layer in layers]
+    else:
+        outputs = checkpoint(lambda x: tuple(layer(x) for layer in layers), x, use_reentrant=reentrant)
+    sum(output.sum() for output in outputs).backward()
+    for layer, output in zip(layers, outputs):
+        lora_B = layer.adapters["default"].lora_B.detach()
+        added = (output.detach() - torch.nn.functional.linear(x.detach(), layer.weight, layer.bias)).sum()
+        gradient = layer.adapters["default"].lora_B.grad
+        assert float((lora_B * gradient).sum()) == pytest.approx(float(added), rel=1e-9)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_a_checkpoint_around_one_sibling_passes(dropout, needs_gradient):
+    block = net(dropout=dropout, depth=1)[0].train()
+    x = batch().requires_grad_(needs_gradient)
+    (block.q(x).sum() + checkpoint(block.k, x, use_reentrant=False).sum() + block.v(x).sum()).backward()
+    for layer in (block.q, block.k, block.v):
+        assert layer.adapters["default"].lora_A.grad.any()
+
+
+def test_a_parametrized_factor_is_used_and_trained():
+    module = net(depth=1)
+    for layer in module[0].children():
+        nn.utils.parametrizations.weight_norm(layer.adapters["default"], "lora_A")
+    found, expected = step(module, batch()), step(plain(module), batch())
+    assert close(found, expected, 1e-10)
+
+
+def test_a_layer_that_was_not_called_may_change_before_the_backward_pass():
+    block = net(depth=1)[0]
+    loss = block.q(batch()).sum()
+    with torch.no_grad():
+        block.k.adapters["default"].lora_A.add_(1)
+    loss.backward()
+
+
+def test_an_input_that_starts_to_need_a_gradient_gets_all_of_it_from_then_on():
+    block, x = net(depth=1)[0], batch()
+    block.q(x)
+    x.requires_grad_()
+    block.k(x).sum().backward()
+    assert x.grad.any()
+
+
+def test_large_ranks_are_not_joined_on_a_guess():
+    module = nn.Sequential(Attention()).double()
+    inject_adapters(module, LoRAConfig(rank=60, target_modules=["q", "k", "v", "out"]))
+    with Rows() as products:
+        module(batch())
+    assert not products.ranks  # all as wide as the input or wider: counted by the gradients instead
+    assert close(step(module, batch()), step(plain(module), batch()), 1e-10)
+
+
 def test_layers_of_different_ranks_share_a_product():
     module = nn.Sequential(Attention()).double()
     inject_adapters(
@@ -207,9 +298,9 @@ def test_layers_of_different_ranks_share_a_product():
     assert close(found, step(plain(module), batch()), 1e-10)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputed_blocks_give_the_same_gradients(reentrant):
-    module = net(dropout=0.2)
+@pytest.mark.parametrize(("reentrant", "dropout"), [(False, 0.2), (True, 0.0)])
+def test_recomputed_blocks_give_the_same_gradients(reentrant, dropout):
+    module = net(dropout=dropout)
 
     def recomputed(x):
         for block in module:

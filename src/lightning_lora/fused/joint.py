@@ -33,6 +33,13 @@ from lightning_lora.fused.linear import (
 )
 
 
+class Uses:
+    """How many layers took their part, and whether a backward pass has begun, after which none may."""
+
+    count = 0
+    ended = False
+
+
 class Hidden(NamedTuple):
     """The input times one A."""
 
@@ -49,18 +56,20 @@ class Joint(NamedTuple):
         hidden: For each layer that has not taken its own.
         dropout: Probability of dropping an element of the input of an update.
         kept_scale: Factor of what was kept.
+        uses: What became of it.
     """
 
     input: Tensor
     hidden: tuple[Hidden, ...]
     dropout: float
     kept_scale: float
+    uses: Uses
 
     def serves(self, lora_A: Tensor, dropout: float) -> bool:
         """Whether a layer's product with its A, as it is now, is among them."""
-        return dropout == self.dropout and any(
-            hidden.factor is lora_A and hidden.version == lora_A._version for hidden in self.hidden
-        )
+        if self.uses.ended or dropout != self.dropout:
+            return False
+        return any(hidden.factor is lora_A and hidden.version == lora_A._version for hidden in self.hidden)
 
 
 def shrink(input: Tensor, lora_As: Sequence[Tensor], *, dropout: float = 0.0, kernels: str = "torch") -> Joint:
@@ -73,9 +82,10 @@ def shrink(input: Tensor, lora_As: Sequence[Tensor], *, dropout: float = 0.0, ke
         kernels: For the products with dropout, see :func:`~lightning_lora.fused.dropout.draw_dropout`.
     """
     drop = draw_dropout(dropout, like=input, kernels=kernels)
-    stand_in, *found = _Shrink.apply(input, drop, *lora_As)  # type: ignore[no-untyped-call]
+    uses = Uses()
+    stand_in, *found = _Shrink.apply(input, drop, uses, *lora_As)  # type: ignore[no-untyped-call]
     hidden = (Hidden(lora_A, lora_A._version, values) for lora_A, values in zip(lora_As, found, strict=True))
-    return Joint(stand_in, tuple(hidden), dropout, drop.scale)
+    return Joint(stand_in, tuple(hidden), dropout, drop.scale, uses)
 
 
 def expand(
@@ -95,6 +105,7 @@ def expand(
     """
     own = next(hidden for hidden in joint.hidden if hidden.factor is lora_A)
     rest = tuple(hidden for hidden in joint.hidden if hidden is not own)
+    joint.uses.count += 1
     arguments = joint.input, own.values, frozen, lora_B, scaling * joint.kept_scale, bool(rest)
     if is_deferred():
         products: list[Products] = []
@@ -107,13 +118,15 @@ def expand(
 
 class _Shrink(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, drop: Dropout, *lora_As: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, input: Tensor, drop: Dropout, uses: Uses, *lora_As: Tensor) -> tuple[Tensor, ...]:
         x = rows(input)
         stacked = torch.cat(lora_As).to(x.dtype)
         hidden = drop.project(x, stacked)
         kept_input = input if lora_As[0].requires_grad else None
-        ctx.save_for_backward(kept_input, stacked, *lora_As)
-        ctx.settings = drop, input.shape
+        ctx.save_for_backward(kept_input, stacked)
+        # Not saved: a layer that was not called in the end may have its A changed before the backward pass.
+        ctx.lora_As, ctx.versions = lora_As, [lora_A._version for lora_A in lora_As]
+        ctx.settings, ctx.uses, ctx.again = (drop, input.shape), uses, None
         ctx.set_materialize_grads(False)
         stand_in = input.detach()
         if not ctx.needs_input_grad[0]:
@@ -122,12 +135,17 @@ class _Shrink(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, passed_on: Tensor | None, *inners: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, stacked, *lora_As = ctx.saved_tensors
-        drop, shape = ctx.settings
+        ctx.uses.ended = True
         used = [index for index, inner in enumerate(inners) if inner is not None]
         if not used:
-            return passed_on, None, *inners
+            return passed_on, None, None, *inners
+        input, stacked = _saved(ctx, whole=len(used) == ctx.uses.count)
+        (drop, shape), lora_As = ctx.settings, ctx.lora_As
         if torch.is_grad_enabled():
+            if any(lora_As[index]._version != ctx.versions[index] for index in used):
+                raise RuntimeError(
+                    "A lora_A was changed in place, and a derivative of the gradient needs it as it was."
+                )
             stacked = torch.cat(lora_As).to(stacked.dtype)
         ranks = [len(lora_A) for lora_A in lora_As]
         inner, chosen = _joined(inners, used, dim=1), stacked
@@ -140,7 +158,7 @@ class _Shrink(torch.autograd.Function):
         if grad_A is not None:
             for index, part in zip(used, torch.split(grad_A, [ranks[index] for index in used]), strict=True):
                 grad_As[index] = part.to(lora_As[index].dtype)
-        return shaped(grad_input, shape), None, *grad_As
+        return shaped(grad_input, shape), None, None, *grad_As
 
 
 class _Expand(torch.autograd.Function):
@@ -187,6 +205,22 @@ class _Expand(torch.autograd.Function):
             gathered = None if passed_on is None else rows(passed_on)
             grad_input = add_product(gathered, gradient, weight_in(frozen, dtype)).view(shape)
         return grad_input, inner, None, grad_B, None, None, None
+
+
+def _saved(ctx: Any, *, whole: bool) -> tuple[Tensor | None, Tensor]:
+    """What was saved, also after a backward pass through some of the layers, which frees it.
+
+    Alone, each layer would keep its own until a backward pass of its own: losses of two heads over one detached input.
+    """
+    if ctx.again is None:
+        input, stacked = ctx.saved_tensors
+        if not whole:
+            ctx.again = input, stacked, None if input is None else input._version
+        return input, stacked
+    input, stacked, version = ctx.again
+    if input is not None and input._version != version:
+        raise RuntimeError("The input of adapted layers was changed in place between two backward passes that need it.")
+    return input, stacked
 
 
 def _joined(tensors: Sequence[Tensor | None], used: list[int], *, dim: int) -> Tensor:

@@ -48,7 +48,8 @@ def _load(start, row, column, rows, columns):
 
 @triton.jit
 def _keep(values, number, threshold):
-    return tl.where(number.to(tl.int64) >= threshold, values, tl.zeros_like(values))
+    # Older Tritons draw 64 bits where the place has 64: the lower half of them.
+    return tl.where(number.to(tl.uint32).to(tl.int64) >= threshold, values, tl.zeros_like(values))
 
 
 @triton.jit
