@@ -48,6 +48,15 @@ def test_norms_and_gated_layers_are_replaced_and_adapters_stay():
     assert [name for name, _ in adapted_layers(wrapper)] == adapted
 
 
+def test_a_second_stage_changes_nothing():
+    wrapper = Wrapper()
+    found = []
+    for _ in range(2):
+        use_liger_kernels(wrapper, rope=False)
+        found.append([getattr(child.forward, "__func__", None) for child in wrapper.modules()])
+    assert found[0] == found[1]
+
+
 def test_a_choice_leaves_a_part_as_it_is():
     wrapper = Wrapper()
     use_liger_kernels(wrapper, rope=False, swiglu=False)

@@ -36,7 +36,6 @@ class LigerKernels(pl.Callback):
 
     def __init__(self, **choices: bool) -> None:
         self.choices = choices
-        self._done: set[int] = set()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -46,13 +45,13 @@ class LigerKernels(pl.Callback):
                 f"LigerKernels: liger-kernel's kernels run on a GPU, and the Trainer uses {device}. "
                 "Leave the callback out."
             )
-        if id(pl_module) not in self._done:
-            use_liger_kernels(pl_module, **self.choices)
-            self._done.add(id(pl_module))
+        use_liger_kernels(pl_module, **self.choices)
 
 
 def use_liger_kernels(module: nn.Module, **choices: bool) -> list[str]:
     """Put liger-kernel's kernels into the transformers models in ``module``, and return the types of those models.
+
+    A second call changes nothing: liger-kernel replaces methods, and wraps none.
 
     Raises:
         MissingDependencyError: If liger-kernel is not installed.

@@ -13,6 +13,7 @@ accumulates its own part onto it, in place, where autograd would add the parts u
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +34,12 @@ from lightning_lora.fused.linear import (
 )
 
 
+@dataclass
 class Uses:
     """How many layers took their part, and whether a backward pass has begun, after which none may."""
 
-    count = 0
-    ended = False
+    count: int = 0
+    ended: bool = False
 
 
 class Hidden(NamedTuple):

@@ -61,18 +61,9 @@ def _project_group(x, a, token, column, number, threshold, tokens, width, rank, 
 
 @triton.jit(do_not_specialize=["seed", "tokens"])
 def _project(
-    x,
-    a,
-    hidden,
-    seed,
-    threshold,
-    tokens,
-    width,
-    rank,
-    TOKENS: tl.constexpr,
-    GROUP: tl.constexpr,
-    RANK: tl.constexpr,
-):
+    x, a, hidden, seed, threshold, tokens, width, rank,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
     """``hidden = keep(x) a^T``; a program for TOKENS rows."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     blocks = tl.cdiv(width, 4 * GROUP)
@@ -167,8 +158,7 @@ class KernelDropout(Dropout):
     """
 
     def __init__(self, probability: float, seed: int) -> None:
-        self.probability, self.seed = probability, seed
-        self._threshold = int(probability * 2**32)
+        self.seed, self._threshold = seed, int(probability * 2**32)
         self.scale = 1.0 / (1.0 - probability)
 
     @override
