@@ -89,6 +89,7 @@ def interleave(
     warmup: int = 2,
     clock: Clock = time.process_time,
     seed: int = 0,
+    before: Mapping[str, Step] | None = None,
 ) -> Timings:
     """Time every step once a round, in an order drawn anew for each round.
 
@@ -98,6 +99,7 @@ def interleave(
         warmup: Rounds before them that do not.
         clock: Seconds; see ``CLOCKS``.
         seed: Of the order only. The global random streams are left alone.
+        before: What is called before a step and is not timed, by the step's name.
 
     Returns:
         The seconds of every variant in every counted round.
@@ -115,6 +117,8 @@ def interleave(
         for index in range(warmup + rounds):
             gc.collect()
             for name in order.sample(list(steps), len(steps)):
+                if before is not None and name in before:
+                    before[name]()
                 elapsed = time_once(steps[name], clock)
                 if index >= warmup:
                     seconds[name].append(elapsed)
@@ -144,6 +148,11 @@ def garbage_collection_paused() -> Iterator[None]:
         gc.unfreeze()
         if enabled:
             gc.enable()
+
+
+def spread(ratio: Mapping[str, float]) -> str:
+    """The plain form of a :class:`Ratio` for a table."""
+    return f"{ratio['median']:.3f} [{ratio['lower']:.2f}-{ratio['upper']:.2f}]"
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:

@@ -55,6 +55,7 @@ GROUPS = (
         "averaging",
         "callback",
         "fit_end",
+        "flat",
         "guards",
         "hooks",
         "liger",

@@ -13,6 +13,7 @@ from lightning_lora.errors import (
     TargetNotFoundError,
     UnsupportedSetupError,
 )
+from lightning_lora.flat import FlatOptimizer
 from lightning_lora.gradient_checkpointing import (
     GradientCheckpointingConfig,
     GradientCheckpointingReport,
@@ -38,6 +39,7 @@ __all__ = [
     "AdapterMismatchError",
     "BaseMismatchError",
     "CheckpointError",
+    "FlatOptimizer",
     "GradientCheckpointingConfig",
     "GradientCheckpointingReport",
     "InjectionReport",

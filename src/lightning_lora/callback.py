@@ -20,6 +20,7 @@ from lightning_lora.checkpoint_file import MANIFEST
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.fit_end import check_merge, merge_at_fit_end
 from lightning_lora.frozen import keep_base_as_is
+from lightning_lora.fused import siblings
 from lightning_lora.gradient_checkpointing import (
     GradientCheckpointingConfig,
     as_gradient_checkpointing_config,
@@ -61,7 +62,7 @@ class LoRACallback(pl.Callback):
 
     Args:
         config: What to adapt; default: every linear layer, rank 8.
-        quantization: Store the frozen linear layers of the base in 4 or 8 bits; None: leave them as they are.
+        quantization: Store the frozen linear layers of the base in 4, 8 or 16 bits; None: leave them as they are.
         gradient_checkpointing: Let blocks keep only their inputs for the backward pass of a fit, which computes the
             rest again; a :class:`~lightning_lora.GradientCheckpointingConfig` says which. In train and in eval mode.
         optimizer: Train with bitsandbytes' 8-bit or paged AdamW in the place of the module's own Adam or AdamW:
@@ -199,7 +200,8 @@ class LoRACallback(pl.Callback):
             self._memory.start(trainer, pl_module, batch)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note which adapters got a gradient in the first batch."""
+        """Forget what no layer took, and note which adapters got a gradient in the first batch."""
+        siblings.forget_joint()
         if self._waiting is not None:
             self._backwards += 1
             for parameter in pl_module.parameters():

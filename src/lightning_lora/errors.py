@@ -8,7 +8,7 @@ fits, so ``except RuntimeError`` of existing code keeps working::
     ├── CheckpointError (RuntimeError)          a file that cannot be read, or is no adapter checkpoint
     ├── AdapterMismatchError (RuntimeError)     adapters of a file and of the module differ
     │   └── BaseMismatchError                   the file was trained on another base
-    ├── QuantizationError (RuntimeError)        a base that cannot be stored in 4 or 8 bits, or no longer is rightly
+    ├── QuantizationError (RuntimeError)        a base that cannot be stored in fewer bits, or no longer is rightly
     ├── MergeError (RuntimeError)               a merge that would not be right
     ├── UnsupportedSetupError (RuntimeError)    a Trainer, module or callback arrangement that would be silently wrong
     └── MissingDependencyError (ImportError)    an optional package is needed
@@ -40,7 +40,7 @@ class BaseMismatchError(AdapterMismatchError):
 
 
 class QuantizationError(LightningLoRAError, RuntimeError):
-    """A base that cannot be stored in 4 or 8 bits, or whose codes are not what they were."""
+    """A base that cannot be stored in fewer bits, or whose codes are not what they were."""
 
 
 class MergeError(LightningLoRAError, RuntimeError):

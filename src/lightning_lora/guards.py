@@ -41,10 +41,16 @@ def check_trainer(trainer: pl.Trainer, callback: pl.Callback, *, kind: type[pl.C
         )
 
 
-def _check_strategy(trainer: pl.Trainer, *, merges: bool) -> None:
+def holds_whole_parameters(trainer: pl.Trainer) -> bool:
+    """Whether the strategy is one device or DDP, so that every process has all parameters in its own tensors."""
     strategy = trainer.strategy
     # DeepSpeed's strategy is a DDPStrategy by inheritance only: it shards, and saves through an engine of its own.
-    if not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy") or is_a(strategy, "DeepSpeedStrategy"):
+    return is_a(strategy, "SingleDeviceStrategy", "DDPStrategy") and not is_a(strategy, "DeepSpeedStrategy")
+
+
+def _check_strategy(trainer: pl.Trainer, *, merges: bool) -> None:
+    strategy = trainer.strategy
+    if not holds_whole_parameters(trainer):
         raise UnsupportedSetupError(
             f"LoRACallback supports one device and DDP; {type(strategy).__name__} is not supported. "
             'Use strategy="auto" or "ddp".'

@@ -112,3 +112,19 @@ def test_quantiles_interpolate_between_order_statistics():
         torch.tensor(values, dtype=torch.float64), torch.tensor([0.0, 0.1, 0.25, 0.6, 1.0]).double()
     )
     assert [quantile(values, q) for q in (0.0, 0.1, 0.25, 0.6, 1.0)] == pytest.approx(expected.tolist())
+
+
+def test_what_comes_before_a_step_is_called_each_time_and_not_timed():
+    now, calls = [0.0], []
+
+    def prepare():
+        calls.append("prepare")
+        now[0] += 100.0
+
+    def step():
+        calls.append("step")
+        now[0] += 1.0
+
+    timings = interleave({"step": step}, rounds=3, warmup=1, clock=lambda: now[0], before={"step": prepare})
+    assert calls == ["prepare", "step"] * 4
+    assert timings.seconds == {"step": [1.0, 1.0, 1.0]}

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lightning_lora import MergeConfig, QuantizationConfig, UnsupportedSetupError
+from lightning_lora import FlatOptimizer, MergeConfig, QuantizationConfig, UnsupportedSetupError
 from tests.conftest import WIDTH, TinyModule, make_loader
 from tests.hazards.runs import digest, lora, metric, trained
 from tests.states import adapters_of, base_of
@@ -92,6 +92,16 @@ def parts(folder: Path) -> Result:
     trainer = trainer_for(folder, lora(), ModelCheckpoint(dirpath=folder), epochs=2)
     fit(trainer, module, saver.best_model_path)
     return {**seen(module), "path": saver.best_model_path, "step": trainer.global_step}
+
+
+def flat(folder: Path) -> Result:
+    module = TinyModule()
+    fit(trainer_for(folder, lora(dropout=0.0), FlatOptimizer(), epochs=2, gradient_clip_val=0.5), module)
+    plain = TinyModule()
+    fit(trainer_for(folder, lora(dropout=0.0), epochs=2, gradient_clip_val=0.5), plain)
+    expected = adapters_of(plain)
+    close = all(torch.allclose(value, expected[key], atol=1e-5) for key, value in adapters_of(module).items())
+    return {**seen(module), "close": close}
 
 
 def other_base(folder: Path) -> Result:
@@ -205,6 +215,7 @@ def other_quantized_base(folder: Path) -> Result:
 RUNS: list[Callable[[Path], Result]] = [
     start,
     whole,
+    flat,
     parts,
     other_base,
     lazy,

@@ -74,13 +74,13 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     return run_on_two_ranks("tests.hazards.ddp_runs", folder)
 
 
-@pytest.mark.parametrize("run", ["start", "whole", "parts", "other_base", "lazy", "unused", "quantized"])
+@pytest.mark.parametrize("run", ["start", "whole", "flat", "parts", "other_base", "lazy", "unused", "quantized"])
 def test_adapters_and_base_are_identical_on_all_ranks_without_a_seed(ranks: Any, run: str) -> None:
     assert ranks[0][run]["adapters"] == ranks[1][run]["adapters"]
     assert ranks[0][run]["base"] == ranks[1][run]["base"]
 
 
-@pytest.mark.parametrize("run", ["whole", "parts", "other_base", "lazy", "quantized"])
+@pytest.mark.parametrize("run", ["whole", "flat", "parts", "other_base", "lazy", "quantized"])
 def test_every_adapter_trains(ranks: Any, run: str) -> None:
     assert [rank[run]["trained"] for rank in ranks] == [True, True]
 
@@ -89,6 +89,10 @@ def test_the_start_is_the_one_that_this_process_draws_too(ranks: Any) -> None:
     module = TinyModule()
     inject_adapters(module, LoRAConfig(rank=2, alpha=4, init="gaussian"))
     assert ranks[0]["start"]["adapters"] == digest(adapters_of(module))
+
+
+def test_with_a_flat_optimizer_the_run_is_the_one_without_it(ranks: Any) -> None:
+    assert ranks[0]["flat"]["close"]
 
 
 def test_a_resume_is_bitwise(ranks: Any) -> None:
