@@ -122,8 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for heading in ("batching", "padding", "time of a token / as drawn"):
         table.add_column(heading)
     for way, ratio in found["to_as_drawn"].items():
-        spread = f"{ratio['median']:.3f} [{ratio['lower']:.2f}-{ratio['upper']:.2f}]"
-        table.add_row(way, f"{found['padding'][way]:.1%}", spread)
+        table.add_row(way, f"{found['padding'][way]:.1%}", harness.spread(ratio))
     Console().print(table)
     for chunk, saved in found["saved_bytes"].items():
         print(f"logits of {min(chunk, found['answered_tokens'])} tokens at a time: {saved / 1e6:.1f} MB saved")

@@ -16,6 +16,7 @@ QUANTIZATIONS: dict[str | None, dict[str, Any]] = {
     None: {},
     "nf4": {"quant_type": "nf4"},
     "nf4-double": {"quant_type": "nf4", "double_quant": True},
+    "bf16": {"quant_type": "bf16"},
 }
 TARGETS: dict[str, list[str]] = {"all-linear": [], "q+v": ["q_proj", "v_proj"]}  # all-linear: those of the shape
 LAYERS = ("all", "last-half")
@@ -175,8 +176,11 @@ def share(base: nn.Module) -> nn.Module:
 
 
 def as_users_have_it(base: nn.Module, case: Case) -> nn.Module:
-    """The base that PEFT gets: as it is, or with bitsandbytes' layers, as transformers builds them."""
-    if case.quantization is None:
+    """The base that PEFT gets: as it is, or with bitsandbytes' layers, as transformers builds them.
+
+    Under mixed precision it has no base in bf16: one that is stored so was cast as a whole, norms and all.
+    """
+    if case.quantization in (None, "bf16"):
         return base
     from bitsandbytes.nn import Linear4bit
 

@@ -107,15 +107,11 @@ def table(rows: Sequence[dict[str, Any]], *, title: str) -> Table:
         self_test = f"{row['self_test']['median']:.3f}" + ("" if row["self_test"]["passed"] else " FAILED")
         view.add_row(
             *(case["precision"], case["targets"], str(case["dropout"]), self_test),
-            *(_ratio(ratios[name]) for name in ("ours_to_peft", "ours_to_peft_best", "ours_to_frozen")),
-            *(_ratio(ratios[f"ours_to_{name}"]) for name in others),
+            *(harness.spread(ratios[name]) for name in ("ours_to_peft", "ours_to_peft_best", "ours_to_frozen")),
+            *(harness.spread(ratios[f"ours_to_{name}"]) for name in others),
             *(_mebibytes(row["memory"], field) for field in ("saved_bytes", "peak_bytes")),
         )
     return view
-
-
-def _ratio(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.3f} [{ratio['lower']:.2f}-{ratio['upper']:.2f}]"
 
 
 def _mebibytes(sizes: dict[str, dict[str, int]], field: str) -> str:

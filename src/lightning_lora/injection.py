@@ -50,7 +50,7 @@ def inject_adapters(
         name: Name of the adapter. A new name adds an adapter that is the only active one, and the only one that
             trains, in the whole module: layers that it does not target compute what the base does. A name that is
             there already changes nothing about which are active.
-        quantization: Store the frozen linear layers in 4 or 8 bits first. Layers that are so already are adapted as
+        quantization: Store the frozen linear layers in 4, 8 or 16 bits first. Layers that are so already are adapted as
             they are.
         base_weights: Where tensors of a module that was built without values (on the meta device, see
             :func:`~lightning_lora.empty_weights`) get them from, one at a time: a safetensors file, an index of sharded

@@ -190,7 +190,7 @@ class AdaptedConv1D(AdaptedLayer):
 
 
 class AdaptedQuantized(AdaptedLayer):
-    """A layer in 4 or 8 bits: its weight is what the codes stand for."""
+    """A layer in 4, 8 or 16 bits: its weight is what the codes stand for."""
 
     @property
     @override

@@ -23,9 +23,9 @@ class MergeConfig:
         output_dir: Folder of the merged artifact; None: ``merged`` in the run's folder. An existing folder is never
             written into: ``merged-v1``, ``merged-v2``, ... is used instead.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` of the written weights; None: the base's own.
-        base: Of a base in 4 or 8 bits. ``"dequantized"``: the weights that the adapters were trained on.
+        base: Of a base in 4, 8 or 16 bits. ``"dequantized"``: the weights that the adapters were trained on.
             ``"original"``: those from before the quantization, whose errors the adapters may have learned to correct.
-            ``"requantized"``: the merged weights go through the 4 or 8 bits again, where most of a small update gets
+            ``"requantized"``: the merged weights go through those bits again, where most of a small update gets
             lost; the live module stays quantized.
         original: Where the weights from before the quantization are: a safetensors file, an index of sharded ones, a
             folder, or a name on the Hugging Face hub; None: where transformers loaded the model from.

@@ -1,4 +1,4 @@
-"""Choose the linear layers of a base that are stored in 4 or 8 bits, and store them so."""
+"""Choose the linear layers of a base that are stored in fewer bits, and store them so."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def quantize_base(
         ValueError: If the base was quantized in another format, or has adapters already.
     """
     _check(module, record, quantization)
-    require_bitsandbytes()
+    require_bitsandbytes(quantization)
     if strict:
         _refuse_idle_patterns(module, quantization)
     selection = layers_to_quantize(module, config, quantization, saved)
@@ -138,7 +138,7 @@ def _check(module: nn.Module, record: Record, quantization: QuantizationConfig) 
 def layers_to_quantize(
     module: nn.Module, config: AdapterConfig, quantization: QuantizationConfig, saved: Set[str]
 ) -> Selection:
-    """The frozen linear layers of ``module`` that are to be stored in 4 or 8 bits, and why others are not.
+    """The frozen linear layers of ``module`` that are to be stored in fewer bits, and why others are not.
 
     Args:
         module: Any module, before its layers get adapters.

@@ -1,4 +1,4 @@
-"""What the rest of the package knows of a frozen linear layer whose weight is stored in 4 or 8 bits."""
+"""What the rest of the package knows of a frozen linear layer whose weight is stored in 4, 8 or 16 bits."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class QuantizedLayer(nn.Module):
         quantized_from: Dtype of the weight that this package quantized.
         was_trainable: Whether that weight required gradients, as it does again once it is dense and thawed.
         parameter_class: Type of the parameter that holds the codes.
+        holds: Dtype of codes that are the values themselves; None: they stand for them.
     """
 
     in_features: int
@@ -36,10 +37,14 @@ class QuantizedLayer(nn.Module):
     quantized_from: torch.dtype | None = None
     was_trainable: bool = False
     parameter_class: type[nn.Parameter]
+    holds: torch.dtype | None = None
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the codes stand for: a new tensor, ``(out_features, in_features)``, rounded once."""
+        """The weight that the codes stand for, ``(out_features, in_features)``, rounded once. Not to be written to.
+
+        A new tensor, unless codes are the values themselves, and in this dtype.
+        """
 
     @abstractmethod
     def codes_of(self, weight: Tensor) -> nn.Parameter:

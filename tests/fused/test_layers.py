@@ -54,6 +54,7 @@ LAYERS = {
     "no bias": lambda: (nn.Linear(IN, OUT, bias=False), None),
     "nf4": lambda: (None, QuantizationConfig()),
     "int8": lambda: (None, QuantizationConfig(quant_type="int8")),
+    "bf16": lambda: (None, QuantizationConfig(quant_type="bf16")),
 }
 
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
 from lightning_lora.fused import siblings
-
-WIDTH = 16
+from tests.conftest import WIDTH, TinyModule, make_loader
+from tests.hazards.runs import lora
 
 
 class Attention(nn.Module):
@@ -354,6 +354,25 @@ def test_nothing_of_a_forward_pass_without_a_backward_stays():
         assert not siblings.is_left()
     finally:
         gc.enable()
+
+
+def test_in_a_run_nothing_waits_for_a_layer_after_the_backward_pass(make_trainer):
+    class Early(TinyModule):
+        """Its last call is of a layer with one of its width after it in its parent."""
+
+        def build(self):
+            self.first, self.never = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 1)
+
+        def forward(self, x):
+            return self.first(x)
+
+        def on_after_backward(self):
+            waiting.append(siblings.is_left())
+
+    waiting = []
+    with pytest.warns(UserWarning, match="2 of 4 adapter tensors got no gradient"):
+        make_trainer(callbacks=[lora()]).fit(Early(), make_loader(), make_loader())
+    assert waiting == [False, False]
 
 
 def test_hooks_on_siblings_see_each_of_them():

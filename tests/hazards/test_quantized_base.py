@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
     pytest.mark.filterwarnings("ignore:Field `model.batch_size` and `model.hparams.batch_size` are mutually exclusive"),
 ]
-KINDS = ("nf4-double", "fp4", "int8")
+KINDS = ("nf4-double", "fp4", "int8", "bf16")
 
 
 def qlora(form: str = "nf4", *, merge: Any = False, **base: Any) -> LoRACallback:

@@ -27,7 +27,12 @@ from tests.planning.models import llama, step_bytes, t5, tokens
 
 LORA = LoRAConfig(rank=4)
 NF4 = QuantizationConfig(quant_type="nf4", block_size=64)
-FORMATS = (NF4, QuantizationConfig(double_quant=True), QuantizationConfig(quant_type="int8"))
+FORMATS = (
+    NF4,
+    QuantizationConfig(double_quant=True),
+    QuantizationConfig(quant_type="int8"),
+    QuantizationConfig(quant_type="bf16"),
+)
 
 
 def step_of(plan):
@@ -65,7 +70,9 @@ def test_a_quantized_base_takes_what_its_layers_really_hold(quantization):
     layers = dict(module.named_modules())
     codes = sum(layers[name].weight.nbytes for name in plan.base.quantized)
     constants = sum(t.nbytes for name in plan.base.quantized for t in layers[name].constants().values())
-    tables = 0 if quantization.quant_type == "int8" else 4 * 16 + (4 * 256 + 4 if quantization.double_quant else 0)
+    tables = (
+        0 if quantization.quant_type in ("int8", "bf16") else 4 * 16 + (4 * 256 + 4 if quantization.double_quant else 0)
+    )
     assert plan.base.codes == codes
     assert plan.base.constants == constants + len(plan.base.quantized) * tables
     ids = tokens(2, 32)
@@ -82,6 +89,22 @@ def test_the_same_layers_stay_dense_as_in_a_real_injection(build):
     real = {name for name, child in module.named_modules() if isinstance(child, QuantizedLayer)}
     assert set(plan.base.quantized) == real
     assert "lm_head" in plan.base.kept_dense
+
+
+def test_a_base_in_bf16_is_not_copied_for_products_in_bf16():
+    bf16 = QuantizationConfig(quant_type="bf16")
+    plan = plan_memory(on_meta(llama), LORA, batch=(2, 32), quantization=bf16, precision="bf16-mixed")
+    assert "dequantized weights" not in plan.step.backward
+    module = llama()
+    inject_adapters(module, LORA, quantization=bf16)
+    ids = tokens(2, 32)
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(input_ids=ids, labels=ids).loss
+
+    assert step_of(plan) == pytest.approx(step_bytes(module, loss), rel=0.05)
+    assert plan_memory(module, None, batch=(2, 32), precision="bf16-mixed").step == plan.step
 
 
 def test_a_dequantized_weight_is_there_for_a_moment_only():

@@ -17,8 +17,9 @@ FORMATS: dict[str, dict[str, Any]] = {
     "fp4": {"quant_type": "fp4"},
     "fp4-double": {"quant_type": "fp4", "double_quant": True},
     "int8": {"quant_type": "int8"},
+    "bf16": {"quant_type": "bf16"},
 }
-FOUR_BIT = [name for name in FORMATS if name != "int8"]
+FOUR_BIT = [name for name in FORMATS if name not in ("int8", "bf16")]
 STORAGES = ("uint8", "float32", "bfloat16", "float16")
 # What one rounding to the dtype of the product may change, relative to the size of the product's terms.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -76,9 +76,10 @@ def test_weights_that_are_codes_already_stay_as_they_are() -> None:
     assert same(codes_of(quantized("nf4", layer=plain, clip_search=True)), codes_of(again))
 
 
-def test_8_bits_have_no_blocks_to_clip() -> None:
-    with pytest.raises(ValueError, match=r'clip_search is for 4-bit types: quant_type="int8"'):
-        QuantizationConfig(quant_type="int8", clip_search=True)
+@pytest.mark.parametrize("form", ["int8", "bf16"])
+def test_what_has_no_blocks_has_none_to_clip(form: str) -> None:
+    with pytest.raises(ValueError, match=rf'clip_search is for 4-bit types, not for quant_type="{form}"'):
+        QuantizationConfig(quant_type=form, clip_search=True)
 
 
 def test_a_base_requantized_in_a_merge_is_searched_as_it_was() -> None:

@@ -37,9 +37,10 @@ def test_a_value_without_meaning_is_refused_by_field(field: str, value: Any) -> 
         QuantizationConfig(**{field: value})
 
 
-def test_double_quantization_of_8_bits_is_refused() -> None:
-    with pytest.raises(ValueError, match=r'double_quant is for 4-bit types: quant_type="int8"'):
-        QuantizationConfig(quant_type="int8", double_quant=True)
+@pytest.mark.parametrize("form", ["int8", "bf16"])
+def test_double_quantization_of_what_has_no_blocks_is_refused(form: str) -> None:
+    with pytest.raises(ValueError, match=rf'double_quant is for 4-bit types, not for quant_type="{form}"'):
+        QuantizationConfig(quant_type=form, double_quant=True)
 
 
 def test_an_unknown_field_is_refused() -> None:

@@ -124,11 +124,11 @@ def test_a_file_alone_rebuilds_the_module_with_its_quantized_base(form: str, run
     assert torch.equal(runs[form]["elsewhere"]["rebuilt"], outputs(module))
 
 
-@pytest.mark.parametrize("saved", [None, "nf4", "int8"])
+@pytest.mark.parametrize("saved", [None, "nf4", "int8", "bf16"])
 def test_a_file_of_another_base_is_refused_with_advice(saved: str | None, runs: Any, tmp_path: Path) -> None:
     path = fit(tmp_path, None)[0].checkpoint_callback.last_model_path if saved is None else None
     path = path or runs[saved]["folder"] / "last.ckpt"
-    for form in {None, "nf4", "nf4-double", "fp4", "int8"} - {saved}:
+    for form in {None, "nf4", "nf4-double", "fp4", "int8", "bf16"} - {saved}:
         module = Eager(dropout=0.3, ruin=1.0)
         with pytest.raises(BaseMismatchError, match=r"Use the same quantization=QuantizationConfig\(") as caught:
             quiet_trainer(tmp_path, qlora(form, dropout=0.3)).test(module, loader(), ckpt_path=path, verbose=False)
@@ -228,7 +228,7 @@ def test_a_merge_and_its_undoing_are_exact(form: str, runs: Any) -> None:
         assert {name: parameter.requires_grad for name, parameter in module.named_parameters()} == flags
 
 
-@pytest.mark.parametrize("form", ["nf4-double", "int8"])
+@pytest.mark.parametrize("form", ["nf4-double", "int8", "bf16"])
 def test_a_merged_module_fits_again_on_its_quantized_base(form: str, merges: Any, tmp_path: Path) -> None:
     _, module, _, kept, folder = merges[form]
     module = load_from_checkpoint(Eager, folder / "last.ckpt")

@@ -30,6 +30,7 @@ FORMATS: list[Any] = [
     pytest.param({"quant_type": "nf4", "double_quant": True}, id="nf4-double"),
     pytest.param({"quant_type": "fp4"}, id="fp4"),
     pytest.param({"quant_type": "int8"}, id="int8"),
+    pytest.param({"quant_type": "bf16"}, id="bf16"),
 ]
 
 

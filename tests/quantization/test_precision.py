@@ -54,7 +54,7 @@ DTYPES = {
 
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize(
-    ("form", "base"), [("nf4-double", {}), ("nf4", {"storage_dtype": "float32"}), ("int8", {})], ids=str
+    ("form", "base"), [("nf4-double", {}), ("nf4", {"storage_dtype": "float32"}), ("int8", {}), ("bf16", {})], ids=str
 )
 def test_every_precision_trains_resumes_and_merges(
     make_trainer: Any, tmp_path: Path, form: str, precision: str, base: dict[str, str]

@@ -203,7 +203,7 @@ def test_functions_of_torch_func_go_through_it(form: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, when it traces
-@pytest.mark.parametrize("form", ["nf4-double", "int8"])
+@pytest.mark.parametrize("form", ["nf4-double", "int8", "bf16"])
 def test_a_compiled_layer_computes_the_same(form: str) -> None:
     holder = nn.Sequential(quantized(form), nn.Tanh())
     inject_adapters(holder, LoRAConfig(rank=2))

@@ -37,7 +37,7 @@ def plan(
         full: Train everything, without adapters.
         batch: Sequences in a batch.
         length: Tokens of a sequence.
-        quantization: ``nf4``, ``fp4`` or ``int8``.
+        quantization: ``nf4``, ``fp4``, ``int8`` or ``bf16``.
         double_quant: Quantize the constants of 4-bit types, too.
         gradient_checkpointing: Recompute activations.
         optimizer: As in :func:`~lightning_lora.planning.plan_memory`.

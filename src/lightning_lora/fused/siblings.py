@@ -2,7 +2,8 @@
 
 What is left holds on to the graph that it is part of. The next call of any layer takes it or throws it away, and the
 last layer of a parent leaves nothing, so that nothing of a forward pass stays, unless the last layer that is called has
-one of its width after it in its parent: then it stays until the next pass.
+one of its width after it in its parent: then it stays until the next pass, or until the callback forgets it after the
+backward pass.
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ def _hooks() -> object:
 
 def _is_checkpoints(hooks: object) -> bool:
     return isinstance(hooks, tuple) and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+def forget_joint() -> None:
+    """Throw away what waits for the next layer."""
+    _left.value = None
 
 
 def is_left() -> bool:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_lora.class_swap import restore_class, swap_class
 from lightning_lora.layers import AdaptedLayer, AdaptedQuantized
-from lightning_lora.quantization.config import COMPUTE_DTYPES, STORAGE_DTYPES, QuantizationConfig
+from lightning_lora.quantization.config import BITS, COMPUTE_DTYPES, STORAGE_DTYPES, QuantizationConfig
 from lightning_lora.quantization.product import product
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.targets.selection import Selection
@@ -22,8 +22,8 @@ _NESTED_BLOCK = 256  # bitsandbytes quantizes the constants in blocks of this ma
 
 def code_bytes(numel: int, config: QuantizationConfig) -> int:
     """Bytes of the codes of a weight with ``numel`` values."""
-    if config.quant_type == "int8":
-        return numel
+    if BITS[config.quant_type] != 4:
+        return numel * BITS[config.quant_type] // 8
     width = STORAGE_DTYPES[config.storage_dtype].itemsize
     return math.ceil(math.ceil(numel / 2) / width) * width
 
@@ -35,8 +35,8 @@ def constant_bytes(out_features: int, in_features: int, config: QuantizationConf
     keeps them beside every weight; with double quantization one byte a block, one fp32 a 256 blocks, the 256 values of
     8-bit codes, and an offset (QLoRA, arXiv:2305.14314, section 3).
     """
-    if config.quant_type == "int8":
-        return 4 * out_features
+    if BITS[config.quant_type] != 4:
+        return 4 * out_features if config.quant_type == "int8" else 0
     blocks = math.ceil(out_features * in_features / config.block_size)
     scales = blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) if config.double_quant else 4 * blocks
     return scales + _table_bytes(config.double_quant)
@@ -54,15 +54,19 @@ class CodedLinear(nn.Linear):
     Attributes:
         stored_bytes: What it takes instead: bytes of the codes and of the constants.
         compute_dtype: As in :class:`~lightning_lora.quantized_layer.QuantizedLayer`.
+        holds: As there; its ``weight`` has that dtype.
         note: Told of each dense weight that is there for a moment.
     """
 
     stored_bytes: tuple[int, int]
     compute_dtype: torch.dtype | None
+    holds: torch.dtype | None
     note: Callable[[Tensor], Tensor]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A dense weight ``(out_features, in_features)`` without values."""
+        if dtype == self.holds:
+            return self.weight.detach()
         dense = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
         return self.note(dense)
 
@@ -100,7 +104,8 @@ def store_as_codes(module: nn.Module, selection: Selection, config: Quantization
             shape = (layer.out_features, layer.in_features)
             stored = code_bytes(math.prod(shape), config), constant_bytes(*shape, config)
             compute_dtype = None if config.compute_dtype is None else COMPUTE_DTYPES[config.compute_dtype]
-            _become_coded(layer, stored, compute_dtype)
+            holds = torch.bfloat16 if config.quant_type == "bf16" else None
+            _become_coded(layer, stored, compute_dtype, holds)
     return kept
 
 
@@ -110,22 +115,26 @@ def stand_in_for_codes(module: nn.Module, stored: dict[str, tuple[int, int]]) ->
         layer: Any = module.get_submodule(name)
         shape = (layer.out_features, layer.in_features)
         layer.weight = nn.Parameter(torch.empty(shape, dtype=layer.dense_dtype, device="meta"), requires_grad=False)
-        _become_coded(layer, size, layer.compute_dtype)
+        _become_coded(layer, size, layer.compute_dtype, layer.holds)
 
 
 def bytes_of_codes(layer: QuantizedLayer) -> tuple[int, int]:
     """Bytes of the codes and of the constants that a quantized layer really has."""
     constants = layer.constants()
-    tables = 0 if "SCB" in constants else _table_bytes("weight.nested_absmax" in constants)
+    tables = _table_bytes("weight.nested_absmax" in constants) if "weight.absmax" in constants else 0
     return layer.weight.nbytes, sum(tensor.nbytes for tensor in constants.values()) + tables
 
 
-def _become_coded(layer: nn.Module, stored: tuple[int, int], compute_dtype: torch.dtype | None) -> None:
+def _become_coded(
+    layer: Any, stored: tuple[int, int], compute_dtype: torch.dtype | None, holds: torch.dtype | None
+) -> None:
     adapted = isinstance(layer, AdaptedLayer)
     if adapted:
         restore_class(layer)
     layer.__class__ = CodedLinear
-    layer.__dict__.update(compute_dtype=compute_dtype, stored_bytes=stored, note=_unnoted)
+    if holds is not None:
+        layer.weight.data = layer.weight.data.to(holds)
+    layer.__dict__.update(compute_dtype=compute_dtype, holds=holds, stored_bytes=stored, note=_unnoted)
     if adapted:
         swap_class(layer, AdaptedQuantized)
 

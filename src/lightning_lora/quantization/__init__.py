@@ -1,1 +1,1 @@
-"""A base in 4 or 8 bits. bitsandbytes is imported only when there is something to quantize or recognise."""
+"""A base in 4, 8 or 16 bits. bitsandbytes is imported only when there is something to quantize or recognise."""

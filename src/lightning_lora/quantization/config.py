@@ -1,4 +1,4 @@
-"""How a frozen base is stored in 4 or 8 bits."""
+"""How a frozen base is stored in 4, 8 or 16 bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from lightning_lora.config import as_patterns
 
-QUANT_TYPES = ("nf4", "fp4", "int8")
+BITS = {"nf4": 4, "fp4": 4, "int8": 8, "bf16": 16}
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORAGE_DTYPES = {"uint8": torch.uint8, **COMPUTE_DTYPES}
@@ -19,14 +19,16 @@ STORAGE_DTYPES = {"uint8": torch.uint8, **COMPUTE_DTYPES}
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """Store the frozen linear layers of the base in 4 or 8 bits, with bitsandbytes (QLoRA, arXiv:2305.14314).
+    """Store the frozen linear layers of the base in 4 or 8 bits, with bitsandbytes (QLoRA, arXiv:2305.14314), or in 16.
 
     All frozen linear layers are stored so, adapted or not; never output heads, embeddings, tied weights, adapters, or
     what is trained in full.
 
     Attributes:
-        quant_type: ``"nf4"`` (4-bit NormalFloat, arXiv:2305.14314, section 3), ``"fp4"`` (4-bit float), or ``"int8"``
-            (one scale a row, as the weights of LLM.int8(), arXiv:2208.07339, section 2; inputs stay in 16 or 32 bits).
+        quant_type: ``"nf4"`` (4-bit NormalFloat, arXiv:2305.14314, section 3), ``"fp4"`` (4-bit float), ``"int8"`` (one
+            scale a row, as the weights of LLM.int8(), arXiv:2208.07339, section 2; inputs stay in 16 or 32 bits), or
+            ``"bf16"``, which changes nothing of what an fp32 base computes under bf16 autocast (unless the module casts
+            activations to the dtype of a layer's weight: name that layer in ``skip_modules``).
         double_quant: Store the constants of the 4-bit blocks in 8 bits, too (arXiv:2305.14314, section 3): 0.37 bits
             less a parameter at ``block_size=64``.
         block_size: Values that share one constant, of 4-bit types.
@@ -58,7 +60,7 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         for field, value, allowed in (
-            ("quant_type", self.quant_type, QUANT_TYPES),
+            ("quant_type", self.quant_type, tuple(BITS)),
             ("block_size", self.block_size, BLOCK_SIZES),
             ("compute_dtype", self.compute_dtype, (None, *COMPUTE_DTYPES)),
             ("storage_dtype", self.storage_dtype, tuple(STORAGE_DTYPES)),
@@ -68,15 +70,15 @@ class QuantizationConfig:
         for field, chosen in (("double_quant", self.double_quant), ("clip_search", self.clip_search)):
             if not isinstance(chosen, bool):
                 raise ValueError(f"{field} must be True or False, got {chosen!r}.")
-            if chosen and self.quant_type == "int8":
-                raise ValueError(f'{field} is for 4-bit types: quant_type="int8" has one constant a row.')
+            if chosen and BITS[self.quant_type] != 4:
+                raise ValueError(f'{field} is for 4-bit types, not for quant_type="{self.quant_type}".')
         object.__setattr__(self, "skip_modules", as_patterns("skip_modules", self.skip_modules))
 
     @property
     def bits_per_parameter(self) -> float:
         """Bits that a weight takes with its block's constants; of ``"int8"`` without the 32 bits of each row."""
-        if self.quant_type == "int8":
-            return 8.0
+        if BITS[self.quant_type] != 4:
+            return float(BITS[self.quant_type])
         constants = 8 / self.block_size + 32 / (self.block_size * 256) if self.double_quant else 32 / self.block_size
         return round(4 + constants, 4)
 

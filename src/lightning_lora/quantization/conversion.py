@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import MissingDependencyError, QuantizationError
+from lightning_lora.quantization import sixteen_bit
 from lightning_lora.quantization.config import COMPUTE_DTYPES, STORAGE_DTYPES, QuantizationConfig
 from lightning_lora.quantized_layer import QuantizedLayer
 
@@ -60,7 +61,7 @@ def quantize_layer(
         QuantizationError: If the weight has values that are not finite.
         MissingDependencyError: If bitsandbytes is not installed.
     """
-    require_bitsandbytes()
+    require_bitsandbytes(config)
     weight = weight.to(device or weight.device)
     codes: Tensor
     cls: type[QuantizedLayer]
@@ -68,6 +69,8 @@ def quantize_layer(
         from lightning_lora.quantization import eight_bit
 
         codes, cls = eight_bit.quantize(weight), eight_bit.QuantizedLinear8bit
+    elif config.quant_type == "bf16":
+        codes, cls = sixteen_bit.quantize(weight), sixteen_bit.QuantizedLinear16bit
     else:
         from lightning_lora.quantization import four_bit
 
@@ -217,12 +220,14 @@ def _refuse_repacked(name: str, layer: nn.Module) -> None:
         )
 
 
-def require_bitsandbytes() -> None:
-    """Import bitsandbytes, or say what to install.
+def require_bitsandbytes(config: QuantizationConfig) -> None:
+    """Import bitsandbytes if a format needs it, or say what to install.
 
     Raises:
         MissingDependencyError: If it is not installed.
     """
+    if config.quant_type == "bf16":
+        return
     # It warns that a kernel of the hub would make its own evaluation on a CPU faster, which nothing here uses.
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     was_disabled, logger.disabled = logger.disabled, True

@@ -35,9 +35,11 @@ def product(input: Tensor, layer: QuantizedLayer) -> Tensor:
     autocast = torch.is_autocast_enabled(kind) and input.dtype != torch.float64  # which autocast leaves alone
     dtype = layer.compute_dtype or product_dtype(input)
     with torch.autocast(kind, enabled=False):
-        output: Tensor = _FrozenProduct.apply(input.to(dtype), layer)  # type: ignore[no-untyped-call]
-        bias: Any = layer.bias
-        output = output if bias is None else output + bias.to(dtype)
+        bias: Any = None if layer.bias is None else layer.bias.to(dtype)
+        trains = bias is not None and bias.requires_grad
+        inside = None if trains else bias  # of the product, which is rounded once
+        output: Tensor = _FrozenProduct.apply(input.to(dtype), layer, inside)  # type: ignore[no-untyped-call]
+        output = output + bias if trains else output
     return output if autocast else output.to(input.dtype)
 
 
@@ -47,16 +49,16 @@ class _FrozenProduct(torch.autograd.Function):
     generate_vmap_rule = True  # torch.func works with it, as with nn.Linear
 
     @staticmethod
-    def forward(input: Tensor, layer: QuantizedLayer) -> Tensor:
-        return F.linear(input, layer.dequantize(input.dtype))
+    def forward(input: Tensor, layer: QuantizedLayer, bias: Tensor | None) -> Tensor:
+        return F.linear(input, layer.dequantize(input.dtype), bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, QuantizedLayer], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, QuantizedLayer, Tensor | None], output: Tensor) -> None:
         ctx.layer = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
-            return None, None
+            return None, None, None
         with torch.autocast(grad_output.device.type, enabled=False):
-            return grad_output @ ctx.layer.dequantize(grad_output.dtype), None
+            return grad_output @ ctx.layer.dequantize(grad_output.dtype), None, None
