@@ -24,7 +24,7 @@ from torch import nn
 from benchmarks import harness, models, record, training
 from lightning_lora import LoRAConfig, QuantizationConfig, inject_adapters
 from lightning_lora.device_memory import PeakMeter
-from lightning_lora.fused.dropout import KERNELS, draw_dropout
+from lightning_lora.fused.draw import KERNELS, draw_dropout
 from lightning_lora.planning import TokenBatch, plan_memory
 
 STEP = models.Case(shape="llama-7b-4-layers", precision="bf16", batch=4, length=2048)

@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_lora.adapter import Adapter
 from lightning_lora.config import AdapterConfig
 from lightning_lora.functional import low_rank_update, low_rank_weight
-from lightning_lora.fused import KERNELS, Frozen, Joint, expand, lora_linear, shrink, siblings
+from lightning_lora.fused import KERNELS, Frozen, Joint, follow, lead, lora_linear, siblings
 from lightning_lora.layers import AdaptedLayer
 
 INITS = ("kaiming", "gaussian")
@@ -164,27 +164,25 @@ class LoRAAdapter(Adapter):
     ) -> tuple[Tensor, Joint | None]:
         dropout = self.dropout if self.training else 0.0
         lora_A, lora_B = self.lora_A, self.lora_B  # read once: a parametrization makes a new tensor each time
-        if joint is None or not joint.serves(lora_A, dropout):
-            given = input.to(dtype)
-            joined: list[Tensor] = [lora_A]
-            if siblings.may_share(dropout):
-                joined += self._joining(partners)
-            if len(joined) == 1:
-                alone = lora_linear(
-                    given, frozen, lora_A, lora_B, scaling=self.scaling, dropout=dropout, kernels=self.kernels
-                )
-                return alone, None
-            joint = shrink(given, joined, dropout=dropout, kernels=self.kernels)
-        return expand(joint, frozen, lora_A, lora_B, scaling=self.scaling)
+        if joint is not None and joint.serves(lora_A, self.scaling, dropout):
+            return follow(joint, frozen, lora_A, lora_B)
+        given = input.to(dtype)
+        options: Any = {"dropout": dropout, "kernels": self.kernels}
+        others = list(self._joining(partners)) if siblings.may_share(dropout) else []
+        if not others:
+            return lora_linear(given, frozen, lora_A, lora_B, scaling=self.scaling, **options), None
+        joined = [lora_A, *(other.lora_A for other in others)]
+        scalings = [self.scaling, *(other.scaling for other in others)]
+        return lead(given, frozen, joined, lora_B, scalings=scalings, **options)
 
-    def _joining(self, partners: Iterable[Adapter]) -> Iterator[Tensor]:
-        """The A of others with which there can be one product."""
+    def _joining(self, partners: Iterable[Adapter]) -> Iterator[LoRAAdapter]:
+        """Others with whose A there can be one product."""
         rank, kind = self.rank, self._kind_of_product
         for partner in partners:
             if kind is not None and isinstance(partner, LoRAAdapter) and partner._kind_of_product == kind:
                 rank += partner.rank
                 if rank <= _MOST_JOINED:
-                    yield partner.lora_A
+                    yield partner
 
     @property
     def _kind_of_product(self) -> tuple[object, ...] | None:

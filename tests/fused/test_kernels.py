@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, MissingDependencyError, inject_adapters
-from lightning_lora.fused import expand, lora_linear, shrink
-from lightning_lora.fused.dropout import MaskedDropout, draw_dropout
+from lightning_lora.fused import lead, lora_linear
+from lightning_lora.fused.draw import draw_dropout
+from lightning_lora.fused.dropout import MaskedDropout
 from lightning_lora.fused.linear import Frozen, reference
 
 pytest.importorskip("triton", reason="triton is not installed (it is for Linux alone)")
@@ -101,8 +102,8 @@ def test_a_layer_has_the_values_and_gradients_of_its_definition():
         return lora_linear(x, frozen, lora_A, lora_B, scaling=1.5, dropout=0.4, kernels="triton")
 
     def joint(x):
-        shared = shrink(x, [lora_A, lora_A.detach().clone().requires_grad_()], dropout=0.4, kernels="triton")
-        return expand(shared, frozen, lora_A, lora_B, scaling=1.5)[0]
+        lora_As = [lora_A, lora_A.detach().clone().requires_grad_()]
+        return lead(x, frozen, lora_As, lora_B, scalings=[1.5, 2.0], dropout=0.4, kernels="triton")[0]
 
     def recomputed(x):
         return checkpoint(fused, x, use_reentrant=False)

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora.fused.dropout import MaskedDropout, draw_dropout
+from lightning_lora.fused.draw import draw_dropout
+from lightning_lora.fused.dropout import Dropout, MaskedDropout
 from lightning_lora.fused.linear import Frozen, lora_linear, reference
+from lightning_lora.fused.rare_dropout import RareDropout
 
 IN, OUT, RANK, SCALING = 24, 40, 4, 1.5
 SHAPES = [(), (5,), (2, 3), (2, 3, 4), (0,), (3, 0), (1,)]
@@ -65,7 +67,7 @@ def test_inputs_and_gradients_that_are_not_contiguous():
     torch.testing.assert_close(x.grad, (frozen.weight + SCALING * lora_B @ lora_A).sum(0).expand_as(x).detach())
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dropout", [0.0, 0.05, 0.5])
 def test_first_and_second_derivatives_pass_gradcheck(dropout):
     frozen, lora_A, lora_B = pieces(torch.float64)
     x = draw(3, IN, seed=5).requires_grad_()
@@ -195,3 +197,39 @@ def test_dropped_values_are_zero_also_where_the_input_is_not_finite():
     drop = MaskedDropout(seed=1, dropped=254)
     kept = drop.keep(torch.full((1000,), float("nan")))
     assert int(kept.isnan().sum()) < 50 and bool((kept[~kept.isnan()] == 0).all())
+
+
+def test_places_that_are_drawn_make_the_mask_that_each_product_drops_by():
+    drop, x = RareDropout(0.1, seed=3), draw(64, 33, seed=1)
+    small_A, inner, gathered = draw(5, 33, seed=2), draw(64, 5, seed=3), draw(64, 33, seed=4)
+    kept = drop.mask(x.shape, x).keep(torch.ones_like(x))
+    assert torch.equal(drop.keep(x), x * kept)
+    for strided in (x, draw(33, 64, seed=1).t(), draw(64, 66, seed=1)[:, ::2]):
+        torch.testing.assert_close(drop.project(strided, small_A, 1.5), 1.5 * (strided * kept) @ small_A.T)
+        for given in (None, gathered):
+            found = drop.pull_back(
+                inner, small_A, 1.5, x=strided, to_input=True, gathered=None if given is None else given.clone()
+            )
+            added = 1.5 * (inner @ small_A) * kept
+            torch.testing.assert_close(found[0], 1.5 * inner.T @ (strided * kept))
+            torch.testing.assert_close(found[1], added if given is None else given + added)
+
+
+def test_places_are_dropped_independently_of_each_other_with_the_exact_probability():
+    dropped = torch.zeros(300, 211, dtype=torch.float64)
+    for seed in range(400):
+        dropped += 1 - RareDropout(0.07, seed).keep(torch.ones(300, 211))
+    trials = 400 * dropped.numel()
+    assert float(dropped.sum()) / trials == pytest.approx(0.07, abs=4 * (0.07 * 0.93 / trials) ** 0.5)
+    # Of a binomial number for each place, not of draws that leave each other out.
+    assert float(dropped.var()) == pytest.approx(400 * 0.07 * 0.93, rel=0.03)
+    rows = dropped.sum(1)
+    assert float(rows.var()) == pytest.approx(211 * 400 * 0.07 * 0.93, rel=0.35)
+    assert abs(float(dropped[:150].mean() - dropped[150:].mean())) < 0.2
+
+
+def test_few_values_are_dropped_by_their_places_on_a_cpu():
+    x = torch.ones(4, 4)
+    kinds = [type(draw_dropout(probability, like=x)) for probability in (0.0, 0.05, 0.07, 0.1)]
+    assert kinds == [Dropout, RareDropout, RareDropout, MaskedDropout]
+    assert type(draw_dropout(0.05, like=x.to("meta"))) is MaskedDropout

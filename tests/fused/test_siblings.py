@@ -90,8 +90,10 @@ class Rows(TorchDispatchMode):
         self.ranks = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket is torch.ops.aten.mm and args[1].shape[0] == WIDTH and args[1].shape[1] < WIDTH:
-            self.ranks.append(args[1].shape[1])
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            inner, columns = args[-1].shape
+            if inner == WIDTH and columns < WIDTH:
+                self.ranks.append(columns)
         return function(*args, **(kwargs or {}))
 
 

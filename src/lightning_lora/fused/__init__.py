@@ -2,8 +2,8 @@
 
 from lightning_lora.fused.cast_copy import CastCopy
 from lightning_lora.fused.conditions import may_fuse, product_dtype
-from lightning_lora.fused.dropout import KERNELS
-from lightning_lora.fused.joint import Joint, expand, shrink
+from lightning_lora.fused.draw import KERNELS
+from lightning_lora.fused.joint import Joint, follow, lead
 from lightning_lora.fused.linear import Frozen, lora_linear
 
-__all__ = ["KERNELS", "CastCopy", "Frozen", "Joint", "expand", "lora_linear", "may_fuse", "product_dtype", "shrink"]
+__all__ = ["KERNELS", "CastCopy", "Frozen", "Joint", "follow", "lead", "lora_linear", "may_fuse", "product_dtype"]

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.fused.dropout import Dropout, Mask
+from lightning_lora.fused.dropout import Mask, WithMask
 
 _TOKENS = 64  # of a program, and of a step in one
 _GROUP = 32  # features
@@ -61,10 +61,10 @@ def _project_group(x, a, token, column, number, threshold, tokens, width, rank, 
 
 @triton.jit(do_not_specialize=["seed", "tokens"])
 def _project(
-    x, a, hidden, seed, threshold, tokens, width, rank,
+    x, a, hidden, seed, threshold, factor, tokens, width, rank,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """``hidden = keep(x) a^T``; a program for TOKENS rows."""
+    """``hidden = factor keep(x) a^T``; a program for TOKENS rows."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     blocks = tl.cdiv(width, 4 * GROUP)
     total = tl.zeros((TOKENS, RANK), dtype=tl.float32)
@@ -78,7 +78,7 @@ def _project(
     index = tl.arange(0, RANK)
     inside = (token[:, None] < tokens) & (index[None, :] < rank)
     place = hidden + token[:, None].to(tl.int64) * rank + index[None, :]
-    tl.store(place, total.to(hidden.dtype.element_ty), mask=inside)
+    tl.store(place, (total * factor).to(hidden.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -97,10 +97,10 @@ def _store_group(partial, part, column, values, width, rank, RANK: tl.constexpr)
 
 @triton.jit(do_not_specialize=["seed", "tokens"])
 def _gradient_of_A(
-    x, inner, partial, seed, threshold, tokens, width, rank, steps,
+    x, inner, partial, seed, threshold, factor, tokens, width, rank, steps,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """``partial[part] = inner^T keep(x)`` over ``steps * TOKENS`` rows; a program for a block and a part."""
+    """``partial[part] = factor inner^T keep(x)`` over ``steps * TOKENS`` rows; a program for a block and a part."""
     block, part = tl.program_id(0), tl.program_id(1)
     blocks = tl.num_programs(0)
     column = block * 4 * GROUP + tl.arange(0, GROUP)
@@ -116,16 +116,16 @@ def _gradient_of_A(
         t1 += _gradient_group(x, given, token, column + GROUP, n1, threshold, tokens, width)
         t2 += _gradient_group(x, given, token, column + 2 * GROUP, n2, threshold, tokens, width)
         t3 += _gradient_group(x, given, token, column + 3 * GROUP, n3, threshold, tokens, width)
-    _store_group(partial, part, column, t0, width, rank, RANK)
-    _store_group(partial, part, column + GROUP, t1, width, rank, RANK)
-    _store_group(partial, part, column + 2 * GROUP, t2, width, rank, RANK)
-    _store_group(partial, part, column + 3 * GROUP, t3, width, rank, RANK)
+    _store_group(partial, part, column, t0 * factor, width, rank, RANK)
+    _store_group(partial, part, column + GROUP, t1 * factor, width, rank, RANK)
+    _store_group(partial, part, column + 2 * GROUP, t2 * factor, width, rank, RANK)
+    _store_group(partial, part, column + 3 * GROUP, t3 * factor, width, rank, RANK)
 
 
 @triton.jit
-def _add_group(gathered, given, a, token, column, number, threshold, tokens, width, rank, RANK: tl.constexpr):
+def _add_group(gathered, given, a, token, column, number, threshold, factor, tokens, width, rank, RANK: tl.constexpr):
     small = _load(a, tl.arange(0, RANK), column, rank, width)
-    added = _keep(tl.dot(given, small, input_precision="ieee"), number, threshold)
+    added = _keep(tl.dot(given, small, input_precision="ieee") * factor, number, threshold)
     inside = (token[:, None] < tokens) & (column[None, :] < width)
     place = gathered + token[:, None].to(tl.int64) * width + column[None, :]
     before = tl.load(place, mask=inside, other=0.0)
@@ -134,22 +134,22 @@ def _add_group(gathered, given, a, token, column, number, threshold, tokens, wid
 
 @triton.jit(do_not_specialize=["seed", "tokens"])
 def _add_to_input(
-    gathered, inner, a, seed, threshold, tokens, width, rank,
+    gathered, inner, a, seed, threshold, factor, tokens, width, rank,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """``gathered += keep(inner a)``; a program for TOKENS rows and a block of features."""
+    """``gathered += factor keep(inner a)``; a program for TOKENS rows and a block of features."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     block, blocks = tl.program_id(1), tl.num_programs(1)
     column = block * 4 * GROUP + tl.arange(0, GROUP)
     n0, n1, n2, n3 = _numbers(seed, token, block, blocks, GROUP)
     given = _load(inner, token, tl.arange(0, RANK), tokens, rank)
-    _add_group(gathered, given, a, token, column, n0, threshold, tokens, width, rank, RANK)
-    _add_group(gathered, given, a, token, column + GROUP, n1, threshold, tokens, width, rank, RANK)
-    _add_group(gathered, given, a, token, column + 2 * GROUP, n2, threshold, tokens, width, rank, RANK)
-    _add_group(gathered, given, a, token, column + 3 * GROUP, n3, threshold, tokens, width, rank, RANK)
+    _add_group(gathered, given, a, token, column, n0, threshold, factor, tokens, width, rank, RANK)
+    _add_group(gathered, given, a, token, column + GROUP, n1, threshold, factor, tokens, width, rank, RANK)
+    _add_group(gathered, given, a, token, column + 2 * GROUP, n2, threshold, factor, tokens, width, rank, RANK)
+    _add_group(gathered, given, a, token, column + 3 * GROUP, n3, threshold, factor, tokens, width, rank, RANK)
 
 
-class KernelDropout(Dropout):
+class KernelDropout(WithMask):
     """Dropout inside of the kernels.
 
     Args:
@@ -162,19 +162,28 @@ class KernelDropout(Dropout):
         self.scale = 1.0 / (1.0 - probability)
 
     @override
-    def project(self, x: Tensor, small_A: Tensor) -> Tensor:
+    def project(self, x: Tensor, small_A: Tensor, factor: float = 1.0) -> Tensor:
+        if torch.is_grad_enabled():  # kernels have no derivative
+            return super().project(x, small_A, factor)
         x, small_A = x.contiguous(), small_A.contiguous()
         hidden = x.new_empty(len(x), len(small_A))
         if len(x):
-            self._run(_project, (triton.cdiv(len(x), _TOKENS),), (x, small_A, hidden), small_A, len(x))
+            self._run(_project, (triton.cdiv(len(x), _TOKENS),), (x, small_A, hidden), small_A, factor, len(x))
         return hidden
 
     @override
     def pull_back(
-        self, inner: Tensor, small_A: Tensor, *, x: Tensor | None, to_input: bool, gathered: Tensor | None = None
+        self,
+        inner: Tensor,
+        small_A: Tensor,
+        factor: float = 1.0,
+        *,
+        x: Tensor | None,
+        to_input: bool,
+        gathered: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        if torch.is_grad_enabled():  # kernels have no derivative
-            return super().pull_back(inner, small_A, x=x, to_input=to_input, gathered=gathered)
+        if torch.is_grad_enabled():
+            return super().pull_back(inner, small_A, factor, x=x, to_input=to_input, gathered=gathered)
         inner, small_A = inner.contiguous(), small_A.contiguous()
         tokens, (rank, width) = len(inner), small_A.shape
         blocks = triton.cdiv(width, _BLOCK)
@@ -182,13 +191,14 @@ class KernelDropout(Dropout):
         if x is not None:
             steps = max(1, triton.cdiv(tokens, _TOKENS * _PARTS))
             partial = inner.new_empty(_PARTS, rank, width, dtype=torch.float32)
-            self._run(_gradient_of_A, (blocks, _PARTS), (x.contiguous(), inner, partial), small_A, tokens, steps)
+            tensors = x.contiguous(), inner, partial
+            self._run(_gradient_of_A, (blocks, _PARTS), tensors, small_A, factor, tokens, steps)
             grad_A = partial.sum(0)
         if to_input:
             grad_input = inner.new_zeros(tokens, width) if gathered is None else gathered.contiguous()
             if tokens:
                 programs = (triton.cdiv(tokens, _TOKENS), blocks)
-                self._run(_add_to_input, programs, (grad_input, inner, small_A), small_A, tokens)
+                self._run(_add_to_input, programs, (grad_input, inner, small_A), small_A, factor, tokens)
         return grad_A, grad_input
 
     @override
@@ -200,7 +210,13 @@ class KernelDropout(Dropout):
         return Mask.of((kept != 0).view(shape).to(torch.int8).neg_(), like)
 
     def _run(
-        self, kernel: Any, programs: tuple[int, ...], tensors: tuple[Tensor, ...], small_A: Tensor, *sizes: int
+        self,
+        kernel: Any,
+        programs: tuple[int, ...],
+        tensors: tuple[Tensor, ...],
+        small_A: Tensor,
+        factor: float,
+        *sizes: int,
     ) -> None:
         rank, width = small_A.shape
         tokens, *steps = sizes
@@ -210,6 +226,7 @@ class KernelDropout(Dropout):
                 *tensors,
                 self.seed,
                 self._threshold,
+                float(factor),
                 tokens,
                 width,
                 rank,

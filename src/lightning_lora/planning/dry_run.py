@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_lora.adapter import Adapter
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.fused.cast_copy import CastCopy, may_keep
-from lightning_lora.fused.dropout import fixed_seed
+from lightning_lora.fused.draw import fixed_seed
 from lightning_lora.gradient_checkpointing.repeated import repeated_blocks
 from lightning_lora.layers import adapted_layers
 from lightning_lora.planning.batches import example_of

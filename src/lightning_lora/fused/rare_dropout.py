@@ -1,0 +1,95 @@
+"""Dropout of few values on a CPU: their places are drawn, not a mask.
+
+A CPU draws one random number after the other, and a mask is written and read beside the values. Where one value of 20
+is dropped, the places of those take half of the time of all this; where one of 10 is, they take more.
+
+If each place of n is hit by a Poisson number of draws with mean ``-log(1 - p)``, it is spared with probability
+``1 - p``, independently of all others. All hits together are a Poisson number with n times that mean, and each of them
+falls on any place alike: that many places are drawn, some of them twice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_lora.fused.dropout import Mask, WithMask, product
+
+_RARE = 0.07
+_PLACES = 2**31  # the most that half of a 64-bit number falls on evenly
+
+
+def is_rare(probability: float, like: Tensor) -> bool:
+    """Whether drawing places is faster than a mask."""
+    return probability <= _RARE and like.device.type == "cpu" and like.numel() < _PLACES
+
+
+class RareDropout(WithMask):
+    """Drops exactly with the probability.
+
+    Args:
+        probability: Of dropping a value, in ``(0, 1)``.
+        seed: Of the places.
+    """
+
+    def __init__(self, probability: float, seed: int) -> None:
+        self.seed, self._hits = seed, -math.log1p(-probability)
+        self.scale = 1.0 / (1.0 - probability)
+
+    @override
+    def mask(self, shape: torch.Size, like: Tensor) -> Mask:
+        lanes = torch.full(shape, -1, dtype=torch.int8)
+        return Mask.of(_fill(lanes, self._places(shape.numel())), like)
+
+    @override
+    def keep(self, values: Tensor) -> Tensor:
+        if values.requires_grad and torch.is_grad_enabled():
+            return super().keep(values)
+        return _without(values, self._places(values.numel()))
+
+    @override
+    def pull_back(
+        self,
+        inner: Tensor,
+        small_A: Tensor,
+        factor: float = 1.0,
+        *,
+        x: Tensor | None,
+        to_input: bool,
+        gathered: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if torch.is_grad_enabled():
+            return super().pull_back(inner, small_A, factor, x=x, to_input=to_input, gathered=gathered)
+        places = self._places(len(inner) * small_A.shape[1])
+        grad_A = None if x is None else product(inner.t(), _without(x, places), factor)
+        if not to_input:
+            return grad_A, None
+        if gathered is None:
+            return grad_A, _fill(product(inner, small_A, factor), places)
+        gathered = gathered.contiguous()
+        flat = gathered.view(-1)
+        spared = flat.index_select(0, places)
+        gathered.addmm_(inner, small_A, alpha=factor)
+        flat.index_copy_(0, places, spared)
+        return grad_A, gathered
+
+    def _places(self, size: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        mean = torch.tensor(self._hits * size, dtype=torch.float64)
+        count = int(torch.poisson(mean, generator=generator))
+        # Two places of each 64-bit number: a half, from 0 to 2**32, times the size, without its lower 32 bits.
+        drawn = torch.empty((count + 1) // 2, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        halves = drawn.view(torch.int32)[:count].to(torch.int64)
+        return halves.add_(2**31).mul_(size).bitwise_right_shift_(32)
+
+
+def _without(values: Tensor, places: Tensor) -> Tensor:
+    return _fill(values.clone(memory_format=torch.contiguous_format), places)
+
+
+def _fill(values: Tensor, places: Tensor) -> Tensor:
+    values.view(-1).index_fill_(0, places, 0)
+    return values
