@@ -164,8 +164,9 @@ class LoRAAdapter(Adapter):
     ) -> tuple[Tensor, Joint | None]:
         dropout = self.dropout if self.training else 0.0
         lora_A, lora_B = self.lora_A, self.lora_B  # read once: a parametrization makes a new tensor each time
-        if joint is not None and joint.serves(lora_A, self.scaling, dropout):
-            return follow(joint, frozen, lora_A, lora_B)
+        own = None if joint is None else joint.part_of(lora_A, scaling=self.scaling, dropout=dropout)
+        if joint is not None and own is not None:
+            return follow(joint, own, frozen, lora_B)
         given = input.to(dtype)
         options: Any = {"dropout": dropout, "kernels": self.kernels}
         others = list(self._joining(partners)) if siblings.may_share(dropout) else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,6 +56,19 @@ def test_values_and_gradients_are_those_of_the_definition(dtype, tolerance, shap
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * IN)
 
 
+@pytest.mark.parametrize("dropout", [0.05, 0.5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_are_those_of_the_definition_with_the_same_mask(shape, dropout):
+    frozen, lora_A, lora_B = pieces(torch.float64)
+    x = draw(*shape, IN, seed=5)
+    torch.manual_seed(0)
+    ours = values_and_gradients(lora_linear, x, frozen, lora_A, lora_B, dropout=dropout)
+    torch.manual_seed(0)
+    drop = draw_dropout(dropout, like=x)
+    for got, wanted in zip(ours, values_and_gradients(reference, x, frozen, lora_A, lora_B, drop=drop)):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
 def test_inputs_and_gradients_that_are_not_contiguous():
     frozen, lora_A, lora_B = pieces(torch.float64)
     wide = draw(6, 5, IN, seed=5)
@@ -86,6 +101,26 @@ def test_a_second_derivative_that_needs_an_input_that_was_not_kept_is_refused():
     output = lora_linear(x, frozen, lora_A.requires_grad_(False), lora_B, scaling=SCALING)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(output.sum(), x, create_graph=True)
+
+
+def test_the_weight_that_a_node_saves_is_left_to_the_hooks_that_move_it():
+    _, lora_A, lora_B = pieces(torch.float64)
+    weight = draw(OUT, IN, seed=1)
+    alive = weakref.ref(weight)
+    x = draw(3, IN, seed=5).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.tolist(), torch.tensor):
+        output = lora_linear(x, Frozen(weight, None), lora_A, lora_B, scaling=SCALING)
+    del weight
+    assert output.grad_fn is not None and alive() is None
+
+
+def test_a_factor_that_is_made_in_inference_mode_has_no_version():
+    frozen, lora_A, lora_B = pieces(torch.float32)
+    x = draw(3, IN, seed=5, dtype=torch.float32)
+    with torch.inference_mode():
+        made = lora_A * 1.0
+        found = lora_linear(x, frozen, made, lora_B, scaling=SCALING)
+    torch.testing.assert_close(found, reference(x, frozen, lora_A, lora_B, scaling=SCALING).detach())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +182,8 @@ def test_a_small_update_survives_the_rounding_of_a_bf16_output():
     assert share(reference) < 0.8
 
 
-def test_a_recomputed_layer_draws_the_same_mask():
+@pytest.mark.parametrize("dropout", [0.05, 0.3])
+def test_a_recomputed_layer_draws_the_same_mask(dropout):
     frozen, lora_A, lora_B = pieces(torch.float64)
     for reentrant in (False, True):
         x = draw(9, IN, seed=5).requires_grad_()
@@ -157,7 +193,7 @@ def test_a_recomputed_layer_draws_the_same_mask():
             x.grad = lora_A.grad = lora_B.grad = None
 
             def layer(x):
-                return lora_linear(x, frozen, lora_A, lora_B, scaling=SCALING, dropout=0.3)
+                return lora_linear(x, frozen, lora_A, lora_B, scaling=SCALING, dropout=dropout)
 
             output = checkpoint(layer, x, use_reentrant=reentrant) if recompute else layer(x)
             output.square().sum().backward()

@@ -225,6 +225,49 @@ def test_an_input_that_changes_between_two_backward_passes_is_noticed():
         losses[1].backward()
 
 
+def test_a_factor_that_changes_between_two_backward_passes_is_noticed():
+    block, x = net(depth=1)[0], batch()
+    q, k, _ = (getattr(block, name)(x) for name in "qkv")
+    k.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        block.q.adapters["default"].lora_B.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place between two backward passes"):
+        q.sum().backward()
+
+
+def test_a_part_whose_graph_is_freed_has_no_second_backward_pass():
+    block, x = net(depth=1)[0], batch()
+    q, _, _ = (getattr(block, name)(x) for name in "qkv")
+    q.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        q.sum().backward()
+
+
+def test_layers_that_share_an_A_keep_their_own_scaling():
+    block = net(depth=1)[0]
+    k, v = (layer.adapters["default"] for layer in (block.k, block.v))
+    v.lora_A, v.scaling = k.lora_A, 3 * k.scaling
+    x = batch()
+    block.q(x)
+    update = block.v(x) - nn.functional.linear(x, block.v.weight, block.v.bias)
+    torch.testing.assert_close(update, v.scaling * x @ v.lora_A.T @ v.lora_B.T)
+
+
+def test_second_derivatives_take_in_all_layers_that_were_called_and_no_others():
+    found = []
+    for module in (net(depth=1), plain(net(depth=1))):
+        block, x = module[0], batch().requires_grad_()
+        block.k.adapters["default"].scaling = 0.5
+        loss = block.q(x).square().sum() + block.k(x).square().sum()
+        with torch.no_grad():
+            block.v.adapters["default"].lora_A.add_(1)
+        gradient = torch.autograd.grad(loss, x, create_graph=True)[0]
+        gradient.square().sum().backward()
+        trained = [p for layer in (block.q, block.k) for p in layer.adapters.parameters()]
+        found.append([x.grad, *(p.grad for p in trained)])
+    assert close(*found, 1e-10)
+
+
 @pytest.mark.parametrize("around", ["each", "all"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_both_runs_of_a_checkpoint_drop_the_same(reentrant, around):

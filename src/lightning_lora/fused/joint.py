@@ -31,13 +31,21 @@ from lightning_lora.fused.linear import (
     output_of,
     rows,
     stand_in_for,
+    weight_or_maker,
 )
 
 
 class Hidden(NamedTuple):
-    """The input times one A, with all factors of the update."""
+    """The input times one A.
 
-    factor: Tensor
+    Attributes:
+        source: The A.
+        version: Of it.
+        scaling: Of the update.
+        values: ``(tokens, rank)``, with all factors.
+    """
+
+    source: Tensor
     version: int
     scaling: float
     values: Tensor
@@ -59,18 +67,13 @@ class Joint:
     dropout: float
     uses: Uses
 
-    def serves(self, lora_A: Tensor, scaling: float, dropout: float) -> bool:
-        """Whether a layer's product with its A, as it is now, is among them."""
+    def part_of(self, lora_A: Tensor, *, scaling: float, dropout: float) -> Hidden | None:
+        """A layer's product with its A, as it is now, if it is among them."""
         if self.uses.ended or dropout != self.dropout:
-            return False
+            return None
         wanted = lora_A._version, scaling
-        return any(hidden.factor is lora_A and (hidden.version, hidden.scaling) == wanted for hidden in self.hidden)
-
-    def take(self, lora_A: Tensor) -> Tensor:
-        """A layer's own part, which nobody takes again."""
-        index = next(index for index, hidden in enumerate(self.hidden) if hidden.factor is lora_A)
-        self.uses.count += 1
-        return self.hidden.pop(index).values
+        fits = (part for part in self.hidden if part.source is lora_A and (part.version, part.scaling) == wanted)
+        return next(fits, None)
 
 
 def lead(
@@ -106,23 +109,25 @@ def lead(
     return output, Joint(stand_in, hidden, dropout, uses)
 
 
-def follow(joint: Joint, frozen: Frozen, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Joint | None]:
+def follow(joint: Joint, own: Hidden, frozen: Frozen, lora_B: Tensor) -> tuple[Tensor, Joint | None]:
     """A layer's output, from what it shares with others.
 
     Args:
         joint: Of this layer's input; it is changed.
+        own: The layer's part of it, which nobody takes again.
         frozen: Weight and bias.
-        lora_A: The layer's own, which tells its part.
         lora_B: ``(out_features, rank)``, at least in fp32.
 
     Returns:
         ``(..., out_features)`` in the input's dtype, and what is left for the layers that come, if any.
     """
-    hidden = joint.take(lora_A)
-    if not joint.hidden:
-        output, _ = apply_node(_Follower, joint.input, hidden, lora_B, frozen, False)
+    joint.hidden = [part for part in joint.hidden if part is not own]
+    joint.uses.count += 1
+    passes_on = bool(joint.hidden)
+    output, stand_in = apply_node(_Follower, joint.input, own.values, lora_B, frozen, passes_on)
+    if not passes_on:
         return output, None
-    output, joint.input = apply_node(_Follower, joint.input, hidden, lora_B, frozen, True)
+    joint.input = stand_in
     return output, joint
 
 
@@ -139,9 +144,9 @@ class _Follower(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         dtype = input.dtype
         small_B = lora_B.to(dtype)
-        weight = frozen.weight if isinstance(frozen.weight, Tensor) else None
+        weight, make_weight = weight_or_maker(frozen)
         ctx.save_for_backward(hidden, weight, small_B)
-        ctx.settings = frozen, lora_B, lora_B._version, input.shape, dtype
+        ctx.settings = make_weight, lora_B, lora_B._version, input.shape, dtype
         ctx.set_materialize_grads(False)
         output = output_of(deferred, input, frozen, hidden, small_B)
         return output, stand_in_for(ctx, input) if passes_on else None
@@ -151,7 +156,7 @@ class _Follower(torch.autograd.Function):
         if grad_output is None:
             return None, passed_on, *(None,) * 4
         hidden, weight, small_B = ctx.saved_tensors
-        frozen, lora_B, version, shape, dtype = ctx.settings
+        make_weight, lora_B, version, shape, dtype = ctx.settings
         gradient = rows(grad_output).to(dtype)
         if torch.is_grad_enabled():
             if lora_B._version != version:
@@ -163,6 +168,6 @@ class _Follower(torch.autograd.Function):
         grad_input = None
         if needs_input:
             gathered = None if passed_on is None else rows(passed_on)
-            weight = frozen.weight(dtype) if weight is None else weight
+            weight = weight if make_weight is None else make_weight(dtype)
             grad_input = add_product(gathered, gradient, weight).view(shape)
         return None, grad_input, inner, grad_B, None, None

@@ -13,7 +13,7 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -155,18 +155,18 @@ class LoRALinear(torch.autograd.Function):
         dtype = input.dtype
         (small_A, factor), small_B = _stacked(lora_As, factors, dtype), lora_B.to(dtype)
         hidden = drop.project(rows(input), small_A, factor)
-        # Not saved: a layer that was not called in the end may have its A changed before the backward pass.
-        ctx.lora_As, ctx.lora_B = lora_As, lora_B
-        ctx.settings = frozen, factors, factor, drop, uses, input.shape, dtype
-        ctx.set_materialize_grads(False)
-        ctx.again = None
         own = hidden if uses is None else hidden[:, : len(lora_As[0])]
-        weight = frozen.weight if isinstance(frozen.weight, Tensor) else None
+        weight, make_weight = weight_or_maker(frozen)
         ctx.save_for_backward(input if lora_As[0].requires_grad else None, own, weight, small_A, small_B)
+        # For second derivatives. Not saved, since a copy is all that the first ones need, and the A of a layer that is
+        # not called in the end may be changed.
+        ctx.trained, ctx.versions = (*lora_As, lora_B), versions_of((*lora_As, lora_B))
+        ctx.settings = make_weight, factors, factor, drop, uses, input.shape, dtype
+        ctx.set_materialize_grads(False)
         output = output_of(deferred, input, frozen, own, small_B)
-        ctx.versions = [tensor._version for tensor in (*lora_As, lora_B)]
         if uses is None:
             return output
+        ctx.done, ctx.again = set(), None
         _, *others = torch.split(hidden, [len(lora_A) for lora_A in lora_As], dim=1)
         return output, stand_in_for(ctx, input), *others
 
@@ -175,39 +175,46 @@ class LoRALinear(torch.autograd.Function):
         ctx: Any, grad_output: Tensor | None, passed_on: Tensor | None = None, *inners: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """The gradients of the input and of what trains; layers that were not called in the end have none."""
-        frozen, factors, factor, drop, uses, shape, dtype = ctx.settings
+        make_weight, factors, factor, drop, uses, shape, dtype = ctx.settings
+        *lora_As, lora_B = ctx.trained
         gradients = [grad_output, *inners]
         used = [index for index, gradient in enumerate(gradients) if gradient is not None]
         if uses is not None:
             uses.ended = True
         if not used:
-            return None, passed_on, *(None,) * (5 + len(ctx.lora_As))
-        input, hidden, weight, small_A, small_B = _saved(ctx, whole=uses is None or len(used) == uses.count)
-        if torch.is_grad_enabled():
-            input, hidden, small_A, small_B = _differentiable(ctx, input)
+            return None, passed_on, *(None,) * (5 + len(lora_As))
+        input, hidden, weight, small_A, small_B = _saved(ctx, uses, used)
         _, needs_input, needs_B, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            hidden, small_A, small_B, factor = _differentiable(ctx, used, input)
+        elif len(used) < len(lora_As):
+            small_A = _joined(torch.split(small_A, [len(lora_A) for lora_A in lora_As]), used, dim=0)
+        to_inner = needs_input or input is not None
+        grad_A = grad_B = grad_input = None
         gathered = None if passed_on is None else rows(passed_on)
-        grad_B = None
         if grad_output is not None:
             gradient = rows(grad_output).to(dtype)
-            gradients[0] = gradient.mm(small_B)
+            if to_inner:
+                gradients[0] = gradient.mm(small_B)
             if needs_B:
-                grad_B = gradient_of_second(hidden, gradient, ctx.lora_B)
+                grad_B = gradient_of_second(hidden, gradient, lora_B)
             if needs_input:
-                gathered = add_product(gathered, gradient, frozen.weight(dtype) if weight is None else weight)
-        ranks = [len(lora_A) for lora_A in ctx.lora_As]
-        if len(used) < len(ranks):
-            small_A = _joined(torch.split(small_A, ranks), used, dim=0)
-        grad_A, grad_input = drop.pull_back(
-            _joined(gradients, used, dim=1),
-            small_A,
-            factor,
-            x=None if input is None else rows(input),
-            to_input=needs_input,
-            gathered=gathered,
-        )
+                gathered = add_product(gathered, gradient, weight if make_weight is None else make_weight(dtype))
+        if to_inner:
+            inner, x = _joined(gradients, used, dim=1), None if input is None else rows(input)
+            grad_A, grad_input = drop.pull_back(inner, small_A, factor, x=x, to_input=needs_input, gathered=gathered)
         grad_input = None if grad_input is None else grad_input.view(shape)
-        return None, grad_input, grad_B, None, None, None, None, *_parts(grad_A, ctx.lora_As, factors, factor, used)
+        return None, grad_input, grad_B, None, None, None, None, *_parts(grad_A, lora_As, factors, factor, used)
+
+
+def weight_or_maker(frozen: Frozen) -> tuple[Tensor | None, Dequantize | None]:
+    """The weight to save, or what makes it: a node that held a weight itself would keep it from hooks that move it."""
+    return (frozen.weight, None) if isinstance(frozen.weight, Tensor) else (None, frozen.weight)
+
+
+def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
+    """Tells changes in place; tensors made in inference mode have no version, and no derivatives."""
+    return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def stand_in_for(ctx: Any, input: Tensor) -> Tensor:
@@ -218,45 +225,51 @@ def stand_in_for(ctx: Any, input: Tensor) -> Tensor:
     return stand_in
 
 
-def _stacked(lora_As: tuple[Tensor, ...], factors: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, float]:
-    """All A in one, and the factor that is left: a copy holds all of it, an A that is used as it is has none."""
+def _stacked(lora_As: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, float]:
+    """All A in one, and the factor that is left: what is cast anyway takes it in."""
     first = factors[0]
-    if len(lora_As) == 1 and lora_As[0].dtype == dtype:
-        return lora_As[0], first
     if any(factor != first for factor in factors):
         return torch.cat([lora_A * factor for lora_A, factor in zip(lora_As, factors, strict=True)]).to(dtype), 1.0
-    stacked = lora_As[0] if len(lora_As) == 1 else torch.cat(lora_As)
-    return (stacked if first == 1.0 else stacked * first).to(dtype), 1.0
+    stacked = lora_As[0] if len(lora_As) == 1 else torch.cat(list(lora_As))
+    if stacked.dtype == dtype or first == 1.0:
+        return stacked.to(dtype), first
+    return (stacked * first).to(dtype), 1.0
 
 
-def _saved(ctx: Any, *, whole: bool) -> Any:
+def _saved(ctx: Any, uses: Uses | None, used: list[int]) -> Any:
     """What was saved, also after a backward pass through some of the layers, which frees it.
 
     Alone, each layer would keep its own until a backward pass of its own: losses of two heads over one detached input.
     """
-    if ctx.again is None:
+    if uses is None:
+        return ctx.saved_tensors
+    if ctx.again is None or not ctx.done.isdisjoint(used):
         saved = ctx.saved_tensors
-        if not whole:
-            ctx.again = saved, None if saved[0] is None else saved[0]._version
-        return saved
-    saved, version = ctx.again
-    if saved[0] is not None and saved[0]._version != version:
-        raise RuntimeError("The input of adapted layers was changed in place between two backward passes that need it.")
+    else:
+        saved, versions = ctx.again
+        if versions != versions_of(saved):
+            raise RuntimeError(
+                "The input or a weight of adapted layers was changed in place between two backward passes that need it."
+            )
+    ctx.done.update(used)
+    ctx.again = None if len(ctx.done) == uses.count else (saved, versions_of(saved))
     return saved
 
 
-def _differentiable(ctx: Any, input: Tensor | None) -> tuple[Tensor, ...]:
-    """What was saved, as functions of the tensors that it depends on, for ``create_graph=True``."""
+def _differentiable(ctx: Any, used: list[int], input: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor, float]:
+    """What was saved for the used layers, as functions of the tensors that it depends on, for ``create_graph=True``."""
     if input is None:
         raise RuntimeError("lora_linear keeps no input for a frozen lora_A, and has no second derivative without it.")
-    if ctx.versions != [tensor._version for tensor in (*ctx.lora_As, ctx.lora_B)]:
+    _, factors, _, drop, _, _, dtype = ctx.settings
+    own = used[0] == 0
+    needed = [*used, -1] if own else used
+    if versions_of(ctx.trained[index] for index in needed) != [ctx.versions[index] for index in needed]:
         raise RuntimeError(
             "lora_A or lora_B was changed in place, and a derivative of the gradient needs it as it was."
         )
-    _, factors, factor, drop, _, _, dtype = ctx.settings
-    small_A, _ = _stacked(ctx.lora_As, factors, dtype)
-    own = drop.project(rows(input), small_A[: len(ctx.lora_As[0])], factor)
-    return input, own, small_A, ctx.lora_B.to(dtype)
+    small_A, factor = _stacked([ctx.trained[index] for index in used], [factors[index] for index in used], dtype)
+    hidden = drop.project(rows(input), small_A[: len(ctx.trained[0])], factor) if own else None
+    return hidden, small_A, ctx.trained[-1].to(dtype), factor
 
 
 def _joined(tensors: Sequence[Tensor | None], used: list[int], *, dim: int) -> Tensor:
@@ -265,7 +278,7 @@ def _joined(tensors: Sequence[Tensor | None], used: list[int], *, dim: int) -> T
 
 
 def _parts(
-    grad_A: Tensor | None, lora_As: tuple[Tensor, ...], factors: tuple[float, ...], factor: float, used: list[int]
+    grad_A: Tensor | None, lora_As: Sequence[Tensor], factors: Sequence[float], factor: float, used: list[int]
 ) -> list[Tensor | None]:
     """The gradient of each A, from that of the used ones stacked, which has ``factor`` alone of all factors."""
     parts: list[Tensor | None] = [None] * len(lora_As)
@@ -273,7 +286,7 @@ def _parts(
         return parts
     grad_A = grad_A.to(lora_As[0].dtype)
     for index, part in zip(used, torch.split(grad_A, [len(lora_As[index]) for index in used]), strict=True):
-        parts[index] = part if factor == factors[index] else part * (factors[index] / factor)
+        parts[index] = part if factor == factors[index] else part * factors[index]
     return parts
 
 
