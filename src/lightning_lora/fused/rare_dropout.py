@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_lora.fused.dropout import Mask, WithMask, product
 
 _RARE = 0.07
-_PLACES = 2**26  # of which half of a 64-bit number hits each with a probability that differs by 1.6 % at the most
+_PLACES = 2**26  # half of a 64-bit number hits each of them alike to within 1.6 %
 
 
 def is_rare(probability: float, like: Tensor) -> bool:
@@ -28,7 +28,7 @@ def is_rare(probability: float, like: Tensor) -> bool:
 
 
 class RareDropout(WithMask):
-    """Drops with the probability on average, and each place with it up to 2**-32 of their number.
+    """Drops with the probability: on average exactly, each single one of n places to within ``n / 2**32`` of it.
 
     Args:
         probability: Of dropping a value, in ``(0, 1)``.
