@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks import harness, models, peers, record, training
+from lightning_lora.fused import KERNELS
 
 
 def build_variants(case: models.Case, others: Sequence[str] = ()) -> dict[str, nn.Module]:
@@ -87,6 +88,7 @@ def cases(arguments: argparse.Namespace) -> Iterable[models.Case]:
             layers=arguments.layers,
             gradient_checkpointing=arguments.gradient_checkpointing,
             compiled=arguments.compile,
+            kernels=arguments.kernels,
         )
 
 
@@ -129,6 +131,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", default="all", choices=models.LAYERS)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute every block in backward")
     parser.add_argument("--compile", action="store_true", help="compile every variant")
+    parser.add_argument("--kernels", default="torch", choices=KERNELS, help="of ours, see LoRAConfig")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)

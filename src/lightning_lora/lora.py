@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_lora.adapter import Adapter
 from lightning_lora.config import AdapterConfig
 from lightning_lora.functional import low_rank_update, low_rank_weight
-from lightning_lora.fused import KERNELS, Frozen, Joint, follow, lead, lora_linear, siblings
+from lightning_lora.fused import KERNELS, Frozen, Joint, follow, lead, lora_linear, prepare_kernels, siblings
 from lightning_lora.layers import AdaptedLayer
 
 INITS = ("kaiming", "gaussian")
@@ -36,11 +36,14 @@ class LoRAConfig(AdapterConfig):
         rank_stabilized: Scale by ``alpha / sqrt(rank)``.
         init: Of ``A``: ``"kaiming"`` (uniform within ``1 / sqrt(in_features)``, as the reference implementation) or
             ``"gaussian"`` (normal with standard deviation ``1 / rank``).
-        kernels: What computes the products with dropout: ``"torch"``, its own operations, or ``"triton"``, kernels in
-            which the mask never reaches memory. They act on CUDA, and draw another mask from the same seed.
+        kernels: What computes the products: ``"torch"``, its own operations; ``"triton"``, kernels for those with
+            dropout, in which the mask never reaches memory, on CUDA; ``"amx"``, on a CPU with these instructions (Xeons
+            since 2023) all products in bf16 whose features are multiples of 32, compiled by g++ where it runs.
+            Each acts where it can, else torch's operations do, and draws another mask from the same seed.
 
     Raises:
         ValueError: For a value that has no meaning; the message names the field.
+        MissingDependencyError: When adapters are made, if the kernels can't be compiled.
 
     Example:
         >>> LoRAConfig(rank=4, target_modules=["q_proj", "v_proj"]).scaling_of(rank=4, alpha=16.0)
@@ -76,6 +79,7 @@ class LoRAConfig(AdapterConfig):
     @override
     def make_adapter(self, layer: nn.Module, *, layer_name: str, rank: int, alpha: float) -> LoRAAdapter:
         assert isinstance(layer, AdaptedLayer)
+        prepare_kernels(self.kernels, layer.weight.device)
         adapter = LoRAAdapter(
             *layer.matrix_shape,
             rank=rank,

@@ -244,10 +244,14 @@ def test_places_that_are_drawn_make_the_mask_that_each_product_drops_by():
         torch.testing.assert_close(drop.project(strided, small_A, 1.5), 1.5 * (strided * kept) @ small_A.T)
         for given in (None, gathered):
             found = drop.pull_back(
-                inner, small_A, 1.5, x=strided, to_input=True, gathered=None if given is None else given.clone()
+                *(inner, small_A, 1.5),
+                x=strided,
+                factor_A=2.5,
+                to_input=True,
+                gathered=None if given is None else given.clone(),
             )
             added = 1.5 * (inner @ small_A) * kept
-            torch.testing.assert_close(found[0], 1.5 * inner.T @ (strided * kept))
+            torch.testing.assert_close(found[0], 2.5 * inner.T @ (strided * kept))
             torch.testing.assert_close(found[1], added if given is None else given + added)
 
 

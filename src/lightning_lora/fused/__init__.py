@@ -2,8 +2,19 @@
 
 from lightning_lora.fused.cast_copy import CastCopy
 from lightning_lora.fused.conditions import may_fuse, product_dtype
-from lightning_lora.fused.draw import KERNELS
+from lightning_lora.fused.draw import KERNELS, prepare_kernels
 from lightning_lora.fused.joint import Joint, follow, lead
 from lightning_lora.fused.linear import Frozen, lora_linear
 
-__all__ = ["KERNELS", "CastCopy", "Frozen", "Joint", "follow", "lead", "lora_linear", "may_fuse", "product_dtype"]
+__all__ = [
+    "KERNELS",
+    "CastCopy",
+    "Frozen",
+    "Joint",
+    "follow",
+    "lead",
+    "lora_linear",
+    "may_fuse",
+    "prepare_kernels",
+    "product_dtype",
+]

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from lightning_lora.errors import MissingDependencyError
+from lightning_lora.fused.amx import AmxDropout, find_amx, may_drop
 from lightning_lora.fused.dropout import LEVELS, Dropout, MaskedDropout
+from lightning_lora.fused.products import TORCH
 from lightning_lora.fused.rare_dropout import RareDropout, is_rare
 
-KERNELS = ("torch", "triton")
+KERNELS = ("torch", "triton", "amx")
 _FIXED: ContextVar[int | None] = ContextVar("seed of all masks", default=None)
 
 
@@ -28,25 +30,39 @@ def draw_dropout(probability: float, *, like: Tensor, kernels: str = "torch") ->
             share is one of 256 levels, 255 at most, and which of the two beside ``probability`` it is, is drawn, too,
             so that the mean is exact.
         like: Has the dtype and the device of the values.
-        kernels: One of ``KERNELS``; "triton" acts on CUDA, and below fp64.
+        kernels: One of ``KERNELS``; "triton" acts on CUDA, and below fp64; "amx" on a CPU that has it, in bf16.
 
     Raises:
         MissingDependencyError: If Triton's kernels are asked for where it is not installed.
     """
-    if probability == 0.0:
-        return Dropout()
     fixed = _FIXED.get()
+    amx = find_amx() if kernels == "amx" and fixed is None and like.device.type == "cpu" else None
+    products = amx or TORCH
+    if probability == 0.0:
+        return Dropout(products)
     seed = int(torch.randint(0, 2**31 - 1, (), device="cpu")) if fixed is None else fixed
     if kernels == "triton" and fixed is None and _runs_triton(like):
         drawn: Dropout = _kernels().KernelDropout(probability, seed)
         return drawn
+    if amx is not None and (threshold := AmxDropout.threshold_of(probability)) and may_drop(like):
+        return AmxDropout(threshold, seed, amx)
     if fixed is None and is_rare(probability, like):
-        return RareDropout(probability, seed)
+        return RareDropout(probability, seed, products)
     exact = probability * LEVELS
     below = int(exact)
     above = (seed % 65_521) / 65_521 < exact - below
     dropped = min(below + above, LEVELS - 1)
-    return MaskedDropout(seed, dropped) if dropped else Dropout()
+    return MaskedDropout(seed, dropped, products) if dropped else Dropout(products)
+
+
+def prepare_kernels(kernels: str, device: torch.device) -> None:
+    """Compile now what would be compiled in the first step.
+
+    Raises:
+        MissingDependencyError: If it can't be compiled.
+    """
+    if kernels == "amx" and device.type == "cpu":
+        find_amx()
 
 
 def _runs_triton(like: Tensor) -> bool:

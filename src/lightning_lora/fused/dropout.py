@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_lora.fused.products import TORCH, Base, Products, product
+
 LEVELS = 256  # of a byte
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -45,26 +47,21 @@ class Dropout:
 
     Attributes:
         scale: Factor of what is kept, so that the expectation stays; none of the methods applies it of its own.
+        products: What computes the products of the update.
     """
 
     scale: float = 1.0
+
+    def __init__(self, products: Products = TORCH) -> None:
+        self.products = products
 
     def keep(self, values: Tensor) -> Tensor:
         """The values that are kept, zero elsewhere."""
         return values
 
     def project(self, x: Tensor, small_A: Tensor, factor: float = 1.0) -> Tensor:
-        """``factor keep(x) A^T``.
-
-        Args:
-            x: ``(tokens, in_features)``.
-            small_A: ``(rank, in_features)`` in the dtype of ``x``.
-            factor: Of the product.
-
-        Returns:
-            ``(tokens, rank)``.
-        """
-        return product(x, small_A.t(), factor)
+        """``factor keep(x) A^T``, see :meth:`~lightning_lora.fused.products.Products.project`."""
+        return self.products.project(self.keep(x), small_A, factor)
 
     def pull_back(
         self,
@@ -73,25 +70,28 @@ class Dropout:
         factor: float = 1.0,
         *,
         x: Tensor | None,
+        factor_A: float = 1.0,
         to_input: bool,
         gathered: Tensor | None = None,
+        base: Base | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients that the gradient of a projection gives.
 
         Args:
             inner: ``(tokens, rank)``: of the projection.
             small_A: ``(rank, in_features)``.
-            factor: Of the product.
+            factor: Of the projection.
             x: ``(tokens, in_features)``, if the gradient of A is wanted.
+            factor_A: Of the gradient of A.
             to_input: Whether the gradient of the input is wanted.
-            gathered: ``(tokens, in_features)``: what the input's gradient is added to. Nobody else has that tensor: it
-                is changed where autograd does not look.
+            gathered: What this is added to, see :meth:`~lightning_lora.fused.products.Products.gradient_of_input`.
+            base: What is added, too: gradient and weight of the frozen part.
 
         Returns:
-            ``factor inner^T keep(x)`` and ``gathered + factor keep(inner A)``.
+            ``factor_A inner^T keep(x)`` and ``gathered + gradient W + factor keep(inner A)``.
         """
-        grad_A = None if x is None else product(inner.t(), x, factor)
-        return grad_A, add_product(gathered, inner, small_A, factor) if to_input else None
+        grad_A = None if x is None else self.products.gradient_of_first(inner, x, factor_A)
+        return grad_A, self.products.gradient_of_input(gathered, base, inner, small_A, factor) if to_input else None
 
 
 class WithMask(Dropout, ABC):
@@ -106,10 +106,6 @@ class WithMask(Dropout, ABC):
         return self.mask(values.shape, values).keep(values)
 
     @override
-    def project(self, x: Tensor, small_A: Tensor, factor: float = 1.0) -> Tensor:
-        return product(self.keep(x), small_A.t(), factor)
-
-    @override
     def pull_back(
         self,
         inner: Tensor,
@@ -117,13 +113,16 @@ class WithMask(Dropout, ABC):
         factor: float = 1.0,
         *,
         x: Tensor | None,
+        factor_A: float = 1.0,
         to_input: bool,
         gathered: Tensor | None = None,
+        base: Base | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         mask = self.mask(torch.Size((len(inner), small_A.shape[1])), inner)
-        grad_A = None if x is None else product(inner.t(), mask.keep(x), factor)
+        grad_A = None if x is None else self.products.gradient_of_first(inner, mask.keep(x), factor_A)
         if not to_input:
             return grad_A, None
+        gathered = self.products.gradient_of_input(gathered, base)
         kept = mask.keep_(product(inner, small_A, factor))
         return grad_A, kept if gathered is None else kept.add_(gathered)
 
@@ -134,9 +133,11 @@ class MaskedDropout(WithMask):
     Args:
         seed: Of the mask.
         dropped: Of 256 values, how many are dropped on average.
+        products: What computes the products of the update.
     """
 
-    def __init__(self, seed: int, dropped: int) -> None:
+    def __init__(self, seed: int, dropped: int, products: Products = TORCH) -> None:
+        super().__init__(products)
         self.seed, self.dropped, self.scale = seed, dropped, LEVELS / (LEVELS - dropped)
 
     @override
@@ -150,17 +151,3 @@ class MaskedDropout(WithMask):
         lowest_dropped = LEVELS // 2 - self.dropped
         lanes.clamp_(lowest_dropped - 1, lowest_dropped).sub_(lowest_dropped)
         return Mask.of(lanes.view(shape), like)
-
-
-def product(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    """``factor left right``, rounded once."""
-    if factor == 1.0:
-        return left.mm(right)
-    return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=factor)
-
-
-def add_product(gathered: Tensor | None, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    """``gathered + factor left right``, in place where autograd does not look."""
-    if gathered is None:
-        return product(left, right, factor)
-    return (gathered.clone() if torch.is_grad_enabled() else gathered).addmm_(left, right, alpha=factor)

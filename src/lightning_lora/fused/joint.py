@@ -20,19 +20,18 @@ import torch
 from torch import Tensor
 
 from lightning_lora.fused.draw import draw_dropout
-from lightning_lora.fused.dropout import add_product
 from lightning_lora.fused.linear import (
     Compute,
     Frozen,
     LoRALinear,
     Uses,
     apply_node,
-    gradient_of_second,
     output_of,
     rows,
     stand_in_for,
     weight_or_maker,
 )
+from lightning_lora.fused.products import Products
 
 
 class Hidden(NamedTuple):
@@ -60,12 +59,14 @@ class Joint:
         hidden: For each layer that has not taken its own.
         dropout: Probability of dropping an element of the input of an update.
         uses: What became of it.
+        products: What computes the products of the updates.
     """
 
     input: Tensor
     hidden: list[Hidden]
     dropout: float
     uses: Uses
+    products: Products
 
     def part_of(self, lora_A: Tensor, *, scaling: float, dropout: float) -> Hidden | None:
         """A layer's product with its A, as it is now, if it is among them."""
@@ -106,7 +107,7 @@ def lead(
     output, stand_in, *found = apply_node(LoRALinear, input, lora_B, frozen, factors, drop, uses, *lora_As)
     others = zip(lora_As[1:], scalings[1:], found, strict=True)
     hidden = [Hidden(lora_A, lora_A._version, scaling, values) for lora_A, scaling, values in others]
-    return output, Joint(stand_in, hidden, dropout, uses)
+    return output, Joint(stand_in, hidden, dropout, uses, drop.products)
 
 
 def follow(joint: Joint, own: Hidden, frozen: Frozen, lora_B: Tensor) -> tuple[Tensor, Joint | None]:
@@ -124,7 +125,7 @@ def follow(joint: Joint, own: Hidden, frozen: Frozen, lora_B: Tensor) -> tuple[T
     joint.hidden = [part for part in joint.hidden if part is not own]
     joint.uses.count += 1
     passes_on = bool(joint.hidden)
-    output, stand_in = apply_node(_Follower, joint.input, own.values, lora_B, frozen, passes_on)
+    output, stand_in = apply_node(_Follower, joint.input, own.values, lora_B, frozen, joint.products, passes_on)
     if not passes_on:
         return output, None
     joint.input = stand_in
@@ -140,34 +141,37 @@ class _Follower(torch.autograd.Function):
         hidden: Tensor,
         lora_B: Tensor,
         frozen: Frozen,
+        products: Products,
         passes_on: bool,
     ) -> tuple[Tensor, Tensor | None]:
         dtype = input.dtype
         small_B = lora_B.to(dtype)
         weight, make_weight = weight_or_maker(frozen)
         ctx.save_for_backward(hidden, weight, small_B)
-        ctx.settings = make_weight, lora_B, lora_B._version, input.shape, dtype
+        ctx.settings = products, make_weight, lora_B, lora_B._version, input.shape, dtype
         ctx.set_materialize_grads(False)
-        output = output_of(deferred, input, frozen, hidden, small_B)
+        output = output_of(deferred, input, frozen, hidden, small_B, products)
         return output, stand_in_for(ctx, input) if passes_on else None
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, passed_on: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return None, passed_on, *(None,) * 4
+            return None, passed_on, *(None,) * 5
         hidden, weight, small_B = ctx.saved_tensors
-        make_weight, lora_B, version, shape, dtype = ctx.settings
+        products, make_weight, lora_B, version, shape, dtype = ctx.settings
         gradient = rows(grad_output).to(dtype)
         if torch.is_grad_enabled():
             if lora_B._version != version:
                 raise RuntimeError("lora_B was changed in place, and a derivative of the gradient needs it as it was.")
             small_B = lora_B.to(dtype)
         _, needs_input, needs_hidden, needs_B, *_ = ctx.needs_input_grad
-        inner = gradient.mm(small_B) if needs_hidden else None
-        grad_B = gradient_of_second(hidden, gradient, lora_B) if needs_B else None
+        inner, grad_B = products.gradients_of_update(
+            gradient, small_B, hidden=hidden if needs_B else None, like=lora_B, to_hidden=needs_hidden
+        )
         grad_input = None
         if needs_input:
             gathered = None if passed_on is None else rows(passed_on)
             weight = weight if make_weight is None else make_weight(dtype)
-            grad_input = add_product(gathered, gradient, weight).view(shape)
-        return None, grad_input, inner, grad_B, None, None
+            grad_input = products.gradient_of_input(gathered, (gradient, weight))
+            grad_input = None if grad_input is None else grad_input.view(shape)
+        return None, grad_input, inner, grad_B, None, None, None

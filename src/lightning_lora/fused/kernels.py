@@ -24,6 +24,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.fused.dropout import Mask, WithMask
+from lightning_lora.fused.products import Base
 
 _TOKENS = 64  # of a program, and of a step in one
 _GROUP = 32  # features
@@ -158,6 +159,7 @@ class KernelDropout(WithMask):
     """
 
     def __init__(self, probability: float, seed: int) -> None:
+        super().__init__()
         self.seed, self._threshold = seed, int(probability * 2**32)
         self.scale = 1.0 / (1.0 - probability)
 
@@ -179,11 +181,15 @@ class KernelDropout(WithMask):
         factor: float = 1.0,
         *,
         x: Tensor | None,
+        factor_A: float = 1.0,
         to_input: bool,
         gathered: Tensor | None = None,
+        base: Base | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         if torch.is_grad_enabled():
-            return super().pull_back(inner, small_A, factor, x=x, to_input=to_input, gathered=gathered)
+            return super().pull_back(
+                inner, small_A, factor, x=x, factor_A=factor_A, to_input=to_input, gathered=gathered, base=base
+            )
         inner, small_A = inner.contiguous(), small_A.contiguous()
         tokens, (rank, width) = len(inner), small_A.shape
         blocks = triton.cdiv(width, _BLOCK)
@@ -192,9 +198,10 @@ class KernelDropout(WithMask):
             steps = max(1, triton.cdiv(tokens, _TOKENS * _PARTS))
             partial = inner.new_empty(_PARTS, rank, width, dtype=torch.float32)
             tensors = x.contiguous(), inner, partial
-            self._run(_gradient_of_A, (blocks, _PARTS), tensors, small_A, factor, tokens, steps)
+            self._run(_gradient_of_A, (blocks, _PARTS), tensors, small_A, factor_A, tokens, steps)
             grad_A = partial.sum(0)
         if to_input:
+            gathered = self.products.gradient_of_input(gathered, base)
             grad_input = inner.new_zeros(tokens, width) if gathered is None else gathered.contiguous()
             if tokens:
                 programs = (triton.cdiv(tokens, _TOKENS), blocks)
@@ -205,7 +212,7 @@ class KernelDropout(WithMask):
     def mask(self, shape: torch.Size, like: Tensor) -> Mask:
         with torch.no_grad():
             ones = like.new_ones(shape[:-1].numel(), 1)
-            _, kept = self.pull_back(ones, like.new_ones(1, shape[-1]), x=None, to_input=True)
+            _, kept = self.pull_back(ones, like.new_ones(1, shape[-1]), x=None, factor_A=1.0, to_input=True)
         assert kept is not None
         return Mask.of((kept != 0).view(shape).to(torch.int8).neg_(), like)
 

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.fused.draw import draw_dropout
-from lightning_lora.fused.dropout import Dropout, add_product
+from lightning_lora.fused.dropout import Dropout
+from lightning_lora.fused.products import Products
 
 Dequantize = Callable[[torch.dtype], Tensor]
 Compute = Callable[[], Tensor]
@@ -106,25 +107,29 @@ class _Deferred(torch.autograd.Function):
         return grad_output, None
 
 
-def output_of(deferred: list[Compute] | None, input: Tensor, frozen: Frozen, hidden: Tensor, small_B: Tensor) -> Tensor:
+def output_of(
+    deferred: list[Compute] | None,
+    input: Tensor,
+    frozen: Frozen,
+    hidden: Tensor,
+    small_B: Tensor,
+    products: Products,
+) -> Tensor:
     """``hidden B^T + x W^T + b``; with a list to put the products in, a stub that has its shape alone."""
-    products = partial(_sum_of_products, input, frozen, hidden, small_B)
+    compute = partial(_sum_of_products, input, frozen, hidden, small_B, products)
     if deferred is None:
-        return products()
-    deferred.append(products)
+        return compute()
+    deferred.append(compute)
     return input.new_empty(()).expand(*input.shape[:-1], len(small_B))
 
 
-def _sum_of_products(input: Tensor, frozen: Frozen, hidden: Tensor, small_B: Tensor) -> Tensor:
+def _sum_of_products(input: Tensor, frozen: Frozen, hidden: Tensor, small_B: Tensor, products: Products) -> Tensor:
     x, dtype = rows(input), input.dtype
     # What is returned is no view, which would be closed to changes in place, as ReLU(inplace=True) behind a layer.
     output = input.new_empty((*input.shape[:-1], len(small_B)))
     flat = output if output.dim() == 2 else output.view(len(x), len(small_B))
-    if frozen.bias is None:
-        torch.mm(hidden, small_B.t(), out=flat)
-    else:
-        torch.addmm(frozen.bias.to(dtype), hidden, small_B.t(), out=flat)
-    flat.addmm_(x, weight_in(frozen, dtype).t())
+    bias = None if frozen.bias is None else frozen.bias.to(dtype)
+    products.output(x, weight_in(frozen, dtype), bias, hidden, small_B, out=flat)
     return output
 
 
@@ -163,7 +168,7 @@ class LoRALinear(torch.autograd.Function):
         ctx.trained, ctx.versions = (*lora_As, lora_B), versions_of((*lora_As, lora_B))
         ctx.settings = make_weight, factors, factor, drop, uses, input.shape, dtype
         ctx.set_materialize_grads(False)
-        output = output_of(deferred, input, frozen, own, small_B)
+        output = output_of(deferred, input, frozen, own, small_B, drop.products)
         if uses is None:
             return output
         ctx.done, ctx.again = set(), None
@@ -191,20 +196,24 @@ class LoRALinear(torch.autograd.Function):
             small_A = _joined(torch.split(small_A, [len(lora_A) for lora_A in lora_As]), used, dim=0)
         to_inner = needs_input or input is not None
         grad_A = grad_B = grad_input = None
-        gathered = None if passed_on is None else rows(passed_on)
+        base, factor_A = None, factor
         if grad_output is not None:
             gradient = rows(grad_output).to(dtype)
-            if to_inner:
-                gradients[0] = gradient.mm(small_B)
-            if needs_B:
-                grad_B = gradient_of_second(hidden, gradient, lora_B)
+            gradients[0], grad_B = drop.products.gradients_of_update(
+                gradient, small_B, hidden=hidden if needs_B else None, like=lora_B, to_hidden=to_inner
+            )
             if needs_input:
-                gathered = add_product(gathered, gradient, weight if make_weight is None else make_weight(dtype))
+                base = gradient, weight if make_weight is None else make_weight(dtype)
         if to_inner:
             inner, x = _joined(gradients, used, dim=1), None if input is None else rows(input)
-            grad_A, grad_input = drop.pull_back(inner, small_A, factor, x=x, to_input=needs_input, gathered=gathered)
+            gathered = None if passed_on is None else rows(passed_on)
+            first = factors[used[0]]
+            factor_A = first if all(factors[index] == first for index in used) else factor
+            grad_A, grad_input = drop.pull_back(
+                inner, small_A, factor, x=x, factor_A=factor_A, to_input=needs_input, gathered=gathered, base=base
+            )
         grad_input = None if grad_input is None else grad_input.view(shape)
-        return None, grad_input, grad_B, None, None, None, None, *_parts(grad_A, lora_As, factors, factor, used)
+        return None, grad_input, grad_B, None, None, None, None, *_parts(grad_A, lora_As, factors, factor_A, used)
 
 
 def weight_or_maker(frozen: Frozen) -> tuple[Tensor | None, Dequantize | None]:
@@ -280,11 +289,13 @@ def _joined(tensors: Sequence[Tensor | None], used: list[int], *, dim: int) -> T
 def _parts(
     grad_A: Tensor | None, lora_As: Sequence[Tensor], factors: Sequence[float], factor: float, used: list[int]
 ) -> list[Tensor | None]:
-    """The gradient of each A, from that of the used ones stacked, which has ``factor`` alone of all factors."""
+    """The gradient of each A, from that of the used ones stacked, which has ``factor`` of all factors."""
     parts: list[Tensor | None] = [None] * len(lora_As)
     if grad_A is None:
         return parts
     grad_A = grad_A.to(lora_As[0].dtype)
+    if len(parts) == 1 and factor == factors[0]:
+        return [grad_A]
     for index, part in zip(used, torch.split(grad_A, [len(lora_As[index]) for index in used]), strict=True):
         parts[index] = part if factor == factors[index] else part * factors[index]
     return parts
@@ -298,12 +309,6 @@ def rows(values: Tensor) -> Tensor:
 def weight_in(frozen: Frozen, dtype: torch.dtype) -> Tensor:
     """The weight in the dtype of the product."""
     return frozen.weight if isinstance(frozen.weight, Tensor) else frozen.weight(dtype)
-
-
-def gradient_of_second(hidden: Tensor, gradient: Tensor, lora_B: Tensor) -> Tensor:
-    """``gradient^T hidden`` in the dtype and layout of B."""
-    # The smaller dimension first is the faster order; the copy transposes and widens at once.
-    return torch.empty_like(lora_B).copy_(hidden.t().mm(gradient).t())
 
 
 def reference(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.fused.dropout import Mask, WithMask, product
+from lightning_lora.fused.dropout import Mask, WithMask
+from lightning_lora.fused.products import TORCH, Base, Products, product
 
 _RARE = 0.07
 _PLACES = 2**26  # half of a 64-bit number hits each of them alike to within 1.6 %
@@ -33,9 +34,11 @@ class RareDropout(WithMask):
     Args:
         probability: Of dropping a value, in ``(0, 1)``.
         seed: Of the places.
+        products: What computes the products of the update.
     """
 
-    def __init__(self, probability: float, seed: int) -> None:
+    def __init__(self, probability: float, seed: int, products: Products = TORCH) -> None:
+        super().__init__(products)
         self.seed, self._hits = seed, -math.log1p(-probability)
         self.scale = 1.0 / (1.0 - probability)
 
@@ -58,21 +61,26 @@ class RareDropout(WithMask):
         factor: float = 1.0,
         *,
         x: Tensor | None,
+        factor_A: float = 1.0,
         to_input: bool,
         gathered: Tensor | None = None,
+        base: Base | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         if torch.is_grad_enabled():
-            return super().pull_back(inner, small_A, factor, x=x, to_input=to_input, gathered=gathered)
+            return super().pull_back(
+                inner, small_A, factor, x=x, factor_A=factor_A, to_input=to_input, gathered=gathered, base=base
+            )
         places = self._places(len(inner) * small_A.shape[1])
-        grad_A = None if x is None else product(inner.t(), _without(x, places), factor)
+        grad_A = None if x is None else self.products.gradient_of_first(inner, _without(x, places), factor_A)
         if not to_input:
             return grad_A, None
+        gathered = self.products.gradient_of_input(gathered, base)
         if gathered is None:
             return grad_A, _fill(product(inner, small_A, factor), places)
         gathered = gathered.contiguous()
         flat = gathered.view(-1)
         spared = flat.index_select(0, places)
-        gathered.addmm_(inner, small_A, alpha=factor)
+        self.products.gradient_of_input(gathered, None, inner, small_A, factor)
         flat.index_copy_(0, places, spared)
         return grad_A, gathered
 

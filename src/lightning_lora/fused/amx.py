@@ -1,0 +1,272 @@
+"""Products in bf16 by tiles of the CPU (Intel's AMX), where torch's own are bound by what they read and write.
+
+An update of rank 16 has a few percent of the arithmetic of its layer. But oneDNN, whose products torch calls, takes
+each of its six products for itself, and reads or writes a matrix as large as the input or the output in each, so that
+together they take half as long as the two large ones. Here the products that read the same rows run while those are in
+the cache, and the last product of an output is the first part of the large one, in the same sums in fp32, which are
+rounded once. A mask of dropout is drawn in registers, from its seed and the place of an element, wherever it acts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from typing_extensions import override
+
+from lightning_lora.fused.compiled import load_compiled
+from lightning_lora.fused.dropout import Mask, WithMask
+from lightning_lora.fused.products import Base, Products, add_product
+
+_FLAGS = (
+    "-std=c++17 -O3 -fopenmp -mavx512f -mavx512bw -mavx512vl -mavx512bf16 -mvaes -mamx-tile -mamx-bf16 "
+    "-Wno-uninitialized"
+)
+_NEEDED = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "vaes"}
+_WIDTH = 32  # numbers in a row of a tile, of which matrices consist
+_LEVELS = 2**16  # of the random bits of an element
+_LARGEST = 2**20  # numbers in a weight: with larger ones oneDNN is as fast, or faster
+_TENSORS = (Tensor, Parameter)
+_KEEP_ALL = (0, 0)  # seed and threshold of a mask
+
+
+@cache
+def find_amx() -> AmxProducts | None:
+    """The products, compiled now if they never were, or None on a machine without AMX.
+
+    Raises:
+        MissingDependencyError: On a machine with AMX, if they can't be compiled.
+    """
+    if not _has_amx():
+        return None
+    library = load_compiled(Path(__file__).with_suffix(".cpp"), _FLAGS.split())
+    if library.lora_request_tiles():  # the kernel is too old, or keeps them from this process
+        return None
+    pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    mask = (ctypes.c_uint64, ctypes.c_uint32)
+    library.lora_project.argtypes = [*[pointer] * 3, *[size] * 3, *mask, number]
+    library.lora_sum.argtypes = [*[pointer] * 3, size, *[pointer] * 3, *[size] * 4, number, number, *mask, number]
+    library.lora_pull_back.argtypes = [
+        *[pointer] * 4, size, pointer, *[size] * 3, real, number, *mask, number
+    ]  # fmt: skip
+    library.lora_mask.argtypes = [pointer, size, size, *mask]
+    for function in (library.lora_project, library.lora_sum, library.lora_pull_back, library.lora_mask):
+        function.restype = None
+    return AmxProducts(library)
+
+
+def _has_amx() -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return set(flags.split()) >= _NEEDED
+
+
+class AmxProducts(Products):
+    """Of matrices in bf16 whose features are multiples of 32, and of weights that are not large; else torch's products.
+
+    Sums are in fp32. Those over tokens depend on how many threads there are, and on nothing else.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self._project, self._sum, self._pull_back = library.lora_project, library.lora_sum, library.lora_pull_back
+
+    @override
+    def project(self, x: Tensor, small_A: Tensor, factor: float = 1.0) -> Tensor:
+        if factor != 1.0 or not fit(x, small_A):
+            return super().project(x, small_A, factor)
+        return self.project_kept(x, small_A, _KEEP_ALL)
+
+    def project_kept(self, x: Tensor, small_A: Tensor, mask: tuple[int, int]) -> Tensor:
+        """``keep(x) A^T`` with a mask from its seed and its threshold."""
+        x, small_A = x.contiguous(), small_A.contiguous()
+        (tokens, width), rank = x.shape, len(small_A)
+        hidden = x.new_empty(tokens, rank)
+        threads = torch.get_num_threads()
+        self._project(x.data_ptr(), small_A.data_ptr(), hidden.data_ptr(), tokens, width, rank, *mask, threads)
+        return hidden
+
+    @override
+    def output(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, small_B: Tensor, *, out: Tensor
+    ) -> None:
+        strided = hidden.stride(1) != 1 or not out.is_contiguous()
+        if strided or weight.numel() > _LARGEST or not fit(x, weight, out):
+            super().output(x, weight, bias, hidden, small_B, out=out)
+            return
+        x, weight, small_B = x.contiguous(), weight.contiguous(), small_B.contiguous()
+        wide_bias = None if bias is None else bias.to(torch.float32)
+        self._sum(
+            *(x.data_ptr(), weight.data_ptr(), hidden.data_ptr(), hidden.stride(0), small_B.data_ptr()),
+            *(None if wide_bias is None else wide_bias.data_ptr(), out.data_ptr()),
+            *(*x.shape, len(weight), hidden.shape[1], True, False, *_KEEP_ALL, torch.get_num_threads()),
+        )
+
+    @override
+    def gradients_of_update(
+        self, gradient: Tensor, small_B: Tensor, *, hidden: Tensor | None, like: Tensor, to_hidden: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        strided = hidden is not None and hidden.stride(1) != 1
+        if strided or like.dtype != torch.float32 or not like.is_contiguous() or not fit(gradient):
+            return super().gradients_of_update(gradient, small_B, hidden=hidden, like=like, to_hidden=to_hidden)
+        gradient, small_B = gradient.contiguous(), small_B.contiguous()
+        (tokens, width), rank = gradient.shape, small_B.shape[1]
+        inner = gradient.new_empty(tokens, rank) if to_hidden else None
+        grad_B = None if hidden is None else torch.empty_like(like)
+        stride = 0 if hidden is None else hidden.stride(0)
+        self._pull_back(
+            *(gradient.data_ptr(), small_B.data_ptr(), _address(inner), _address(hidden), stride, _address(grad_B)),
+            *(tokens, width, rank, 1.0, True, *_KEEP_ALL, torch.get_num_threads()),
+        )
+        return inner, grad_B
+
+    @override
+    def gradient_of_first(self, inner: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
+        if not fit(x):
+            return super().gradient_of_first(inner, x, factor)
+        return self.gradient_of_first_kept(inner, x, factor, _KEEP_ALL)
+
+    def gradient_of_first_kept(self, inner: Tensor, x: Tensor, factor: float, mask: tuple[int, int]) -> Tensor:
+        """``factor inner^T keep(x)``, in fp32."""
+        inner, x = inner.contiguous(), x.contiguous()
+        (tokens, width), rank = x.shape, inner.shape[1]
+        grad_A = x.new_empty(rank, width, dtype=torch.float32)
+        self._pull_back(
+            *(x.data_ptr(), None, None, inner.data_ptr(), rank, grad_A.data_ptr()),
+            *(tokens, width, rank, factor, False, *mask, torch.get_num_threads()),
+        )
+        return grad_A
+
+    @override
+    def gradient_of_input(
+        self,
+        gathered: Tensor | None,
+        base: Base | None,
+        inner: Tensor | None = None,
+        small_A: Tensor | None = None,
+        factor: float = 1.0,
+    ) -> Tensor | None:
+        nothing = base is None and inner is None
+        if nothing or factor != 1.0 or not fit_gradient(gathered, base, small_A):
+            return super().gradient_of_input(gathered, base, inner, small_A, factor)
+        return self.gradient_of_input_kept(gathered, base, inner, small_A, _KEEP_ALL)
+
+    def gradient_of_input_kept(
+        self,
+        gathered: Tensor | None,
+        base: Base | None,
+        inner: Tensor | None,
+        small_A: Tensor | None,
+        mask: tuple[int, int],
+    ) -> Tensor:
+        """``gathered + gradient W + keep(inner A)``, of what there is."""
+        if base is not None and base[1].numel() > _LARGEST:
+            gathered, base = add_product(gathered, *base), None
+            if inner is None:
+                return gathered
+        depth, gradient, weight = 0, None, None
+        if base is not None:
+            gradient, weight = (tensor.contiguous() for tensor in base)
+            depth = gradient.shape[1]
+        rank = 0
+        if inner is not None and small_A is not None:
+            inner, small_A, rank = inner.contiguous(), small_A.contiguous(), inner.shape[1]
+        rows = next(tensor for tensor in (gathered, gradient, inner) if tensor is not None)
+        columns = next(tensor for tensor in (gathered, weight, small_A) if tensor is not None)
+        out = rows.new_empty(len(rows), columns.shape[1]) if gathered is None else gathered
+        self._sum(
+            *(_address(gradient), _address(weight), _address(inner), rank, _address(small_A), None, out.data_ptr()),
+            *(len(out), depth, out.shape[1], rank, False, gathered is not None, *mask, torch.get_num_threads()),
+        )
+        return out
+
+
+class AmxDropout(WithMask):
+    """Dropout inside of the products.
+
+    Args:
+        threshold: Of the 65536 values of an element's random bits, how many drop it, 1 to 65535.
+        seed: Of the mask.
+        products: What computes the products of the update.
+    """
+
+    def __init__(self, threshold: int, seed: int, products: AmxProducts) -> None:
+        super().__init__(products)
+        self._amx, self._mask = products, (seed, threshold)
+        self.scale = _LEVELS / (_LEVELS - threshold)
+
+    @staticmethod
+    def threshold_of(probability: float) -> int:
+        """Of the probability of dropping an element, which it meets to 1 in 131072; 0 if it is smaller than that."""
+        return min(round(probability * _LEVELS), _LEVELS - 1)
+
+    @override
+    def mask(self, shape: torch.Size, like: Tensor) -> Mask:
+        lanes = torch.empty(shape, dtype=torch.int8, device="cpu")
+        self._amx.library.lora_mask(lanes.data_ptr(), shape[:-1].numel(), shape[-1], *self._mask)
+        return Mask.of(lanes, like)
+
+    @override
+    def project(self, x: Tensor, small_A: Tensor, factor: float = 1.0) -> Tensor:
+        if factor != 1.0 or not fit(x, small_A):
+            return super().project(x, small_A, factor)
+        return self._amx.project_kept(x, small_A, self._mask)
+
+    @override
+    def pull_back(
+        self,
+        inner: Tensor,
+        small_A: Tensor,
+        factor: float = 1.0,
+        *,
+        x: Tensor | None,
+        factor_A: float = 1.0,
+        to_input: bool,
+        gathered: Tensor | None = None,
+        base: Base | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        fits = fit_gradient(gathered, base, small_A) and (x is None or fit(x))
+        if factor != 1.0 or not fits:
+            return super().pull_back(
+                inner, small_A, factor, x=x, factor_A=factor_A, to_input=to_input, gathered=gathered, base=base
+            )
+        grad_A = None if x is None else self._amx.gradient_of_first_kept(inner, x, factor_A, self._mask)
+        if not to_input:
+            return grad_A, None
+        return grad_A, self._amx.gradient_of_input_kept(gathered, base, inner, small_A, self._mask)
+
+
+def may_drop(like: Tensor) -> bool:
+    """Whether a mask of these values can be drawn in rows of tiles."""
+    return like.dtype == torch.bfloat16 and like.shape[-1] % _WIDTH == 0
+
+
+def fit(*matrices: Tensor) -> bool:
+    """Whether tiles can be of them, outside of second derivatives, which need operations that have derivatives."""
+    if torch.is_grad_enabled():
+        return False
+    for matrix in matrices:
+        if type(matrix) not in _TENSORS or matrix.dtype != torch.bfloat16:
+            return False
+        if matrix.shape[1] % _WIDTH or not matrix.numel():
+            return False
+    return True
+
+
+def fit_gradient(gathered: Tensor | None, base: Base | None, small_A: Tensor | None) -> bool:
+    """Whether there is an input's gradient, and tiles can be of all that it is the sum of."""
+    if gathered is not None and not gathered.is_contiguous():  # it is changed in place
+        return False
+    there = [tensor for tensor in (gathered, *(base or ()), small_A) if tensor is not None]
+    return bool(there) and fit(*there)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
