@@ -72,6 +72,8 @@ def _setting(case: models.Case) -> str:
         parts.append("recomputed")
     if case.compiled:
         parts.append("compiled")
+    if case.kernels != "torch":
+        parts.append(f"{case.kernels} kernels")
     return ", ".join(parts)
 
 

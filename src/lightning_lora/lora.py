@@ -38,8 +38,8 @@ class LoRAConfig(AdapterConfig):
             ``"gaussian"`` (normal with standard deviation ``1 / rank``).
         kernels: What computes the products: ``"torch"``, its own operations; ``"triton"``, kernels for those with
             dropout, in which the mask never reaches memory, on CUDA; ``"amx"``, on a CPU with these instructions (Xeons
-            since 2023) all products in bf16 whose features are multiples of 32, compiled by g++ where it runs.
-            Each acts where it can, else torch's operations do, and draws another mask from the same seed.
+            since 2023) those in bf16 whose features are multiples of 32, compiled by g++ where it runs. Each acts
+            where it can and is faster, else torch's operations do, and draws another mask from the same seed.
 
     Raises:
         ValueError: For a value that has no meaning; the message names the field.

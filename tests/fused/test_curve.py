@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from lightning_lora import LoRAConfig, inject_adapters
+from tests.fused.hardware import has_amx
 from tests.integration.language import VOCABULARY, small_llama
 
 STEPS = 200
 
 
-def curve(*, fused, dtype=torch.float32, autocast=False):
+def curve(*, fused, dtype=torch.float32, autocast=False, kernels="torch"):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = small_llama(hidden=32, key_heads=2).to(dtype)
-    inject_adapters(model, LoRAConfig(rank=8))
+    inject_adapters(model, LoRAConfig(rank=8, kernels=kernels))
     if not fused:
         for name, child in model.named_modules():
             if name.endswith(".default"):
@@ -41,8 +42,15 @@ def curve(*, fused, dtype=torch.float32, autocast=False):
 
 @pytest.mark.parametrize(
     ("how", "tolerance"),
-    [({}, 1e-5), ({"dtype": torch.float64}, 1e-10), ({"dtype": torch.bfloat16}, 5e-3), ({"autocast": True}, 5e-3)],
-    ids=["fp32", "fp64", "bf16", "bf16-mixed"],
+    [
+        ({}, 1e-5),
+        ({"dtype": torch.float64}, 1e-10),
+        ({"dtype": torch.bfloat16}, 5e-3),
+        ({"autocast": True}, 5e-3),
+        pytest.param({"dtype": torch.bfloat16, "kernels": "amx"}, 5e-3, marks=has_amx),
+        pytest.param({"autocast": True, "kernels": "amx"}, 5e-3, marks=has_amx),
+    ],
+    ids=["fp32", "fp64", "bf16", "bf16-mixed", "bf16, amx", "bf16-mixed, amx"],
 )
 def test_the_curves_of_200_steps_lie_on_each_other(how, tolerance):
     ours, plain = curve(fused=True, **how), curve(fused=False, **how)

@@ -43,6 +43,7 @@ class Buffer {
     const size_t need = count * sizeof(T);
     if (need > size_) {
       data_.reset();
+      size_ = 0;
       data_.reset(static_cast<char*>(::operator new(need, std::align_val_t(64))));
       size_ = need;
     }
@@ -65,6 +66,9 @@ thread_local Buffers buffers;
 // All tiles of this thread, whole ones.
 class Tiles {
  public:
+  // GCC's intrinsics do not say that tiles are loaded from memory: what was written there has to be there.
+  static void settle() { asm volatile("" ::: "memory"); }
+
   Tiles() {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -73,6 +77,7 @@ class Tiles {
     } config;
     std::fill_n(config.bytes, 8, 64);
     std::fill_n(config.rows, 8, 16);
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
@@ -256,6 +261,7 @@ void project_rows(const u16* in, i64 width, i64 rows, const u32* packed, i64 ran
       // The last of an odd number is multiplied twice: reading is what takes the time.
       const i64 other = n + 1 < columns ? TILE : 0;
       clear();
+      Tiles::settle();
       for (i64 d = 0; d < width / 32; d++) {
         const u32* tile = packed + (d * columns + n) * TILE;
         multiply(x + 32 * d, width, tile, tile + other);
@@ -305,7 +311,7 @@ struct Sum {
   const float* bias;
   u16* out;
   i64 rows, depth, width, rank;
-  bool transposed, add;
+  bool transposed, add;  // W[width][depth]; to what is there
   Dropout drop;
 };
 
@@ -318,6 +324,7 @@ void keep(const Dropout& drop, i64 row, i64 column, i64 rows, float* sums) {
     _mm512_store_ps(low, _mm512_maskz_mov_ps(static_cast<__mmask16>(kept), _mm512_load_ps(low)));
     _mm512_store_ps(low + 16, _mm512_maskz_mov_ps(static_cast<__mmask16>(kept >> 16), _mm512_load_ps(low + 16)));
   }
+  Tiles::settle();
   _tile_loadd(0, sums, 128);
   _tile_loadd(1, sums + 16 * 32, 128);
   _tile_loadd(2, sums + 16, 128);
@@ -332,6 +339,7 @@ void sum_rows(const Sum& s, i64 row, i64 column, i64 panels, const u32* weight, 
   const u16* low = s.low ? padded(s.low + row * s.low_stride, s.low_stride, rows, s.rank) : nullptr;
   for (i64 n = 0; n < panels; n++, column += 32, weight += 2 * steps * TILE) {
     clear();
+    Tiles::settle();
     for (i64 d = 0; d < low_steps; d++) {
       const u32* tile = s.packed + (d * (s.width / 16) + column / 16) * TILE;
       multiply(low + 32 * d, 32 * low_steps, tile, tile + TILE);
@@ -404,6 +412,7 @@ void add_outer_product(const u16* in, i64 stride, i64 rank, const u16* v, i64 ro
       u32* to = packed + p / 16 * 2 * TILE + p % 16 * 16;
       interleave(v + 2 * p * width + n, width, to, to + TILE);
     }
+    Tiles::settle();
     for (i64 t = 0; t < columns; t++, sums += 2 * TILE) {
       if (fresh) {
         _tile_zero(0);
@@ -444,6 +453,9 @@ void gather(float* const* sums, int count, i64 rank, i64 width, float factor, bo
     }
 }
 
+// Rows of a block: fewer where there are more threads than blocks.
+i64 block_of(i64 rows, int threads) { return std::min<i64>(BLOCK, 32 * parts(parts(rows, 32), threads)); }
+
 }  // namespace
 
 extern "C" {
@@ -458,7 +470,7 @@ int lora_request_tiles() {
 void lora_project(const u16* x, const u16* A, u16* hidden, i64 rows, i64 width, i64 rank, u64 seed, u32 threshold,
                   int threads) {
   const Dropout drop{seed, threshold};
-  const i64 blocks = parts(rows, BLOCK);
+  const i64 block = block_of(rows, threads), blocks = parts(rows, block);
   u32* packed = buffers.packed.get<u32>(width / 32 * parts(rank, 16) * TILE);
   pack_transpose(A, width, rank, packed);
 #pragma omp parallel num_threads(std::min<i64>(threads, blocks)) if (threads > 1)
@@ -466,21 +478,21 @@ void lora_project(const u16* x, const u16* A, u16* hidden, i64 rows, i64 width, 
     Tiles tiles;
 #pragma omp for schedule(static) nowait
     for (i64 b = 0; b < blocks; b++) {
-      const i64 row = b * BLOCK;
-      project_rows(x + row * width, width, std::min(BLOCK, rows - row), packed, rank, drop, row, hidden + row * rank);
+      const i64 row = b * block;
+      project_rows(x + row * width, width, std::min(block, rows - row), packed, rank, drop, row, hidden + row * rank);
     }
   }
 }
 
 // out[rows][width] (+)= in[rows][depth] W + kept(low[rows][rank] small) + bias, of W[depth][width] and small[rank][width], or
-// of the transposes of W[width][depth] and small[width][rank]; `in` with W, `low` with `small`, and `bias` may be null.
+// of the transpose of W[width][depth] or of small[width][rank]; `in` with W, `low` with `small`, and `bias` may be null.
 void lora_sum(const u16* in, const u16* W, const u16* low, i64 low_stride, const u16* small, const float* bias, u16* out,
-              i64 rows, i64 depth, i64 width, i64 rank, int transposed, int add, u64 seed, u32 threshold,
-              int threads) {
+              i64 rows, i64 depth, i64 width, i64 rank, int transposed, int small_transposed, int add, u64 seed,
+              u32 threshold, int threads) {
   u32* packed = nullptr;
   if (low) {
     packed = buffers.packed.get<u32>(parts(rank, 32) * (width / 16) * TILE);
-    transposed ? pack_transpose(small, rank, width, packed) : pack(small, rank, width, packed);
+    small_transposed ? pack_transpose(small, rank, width, packed) : pack(small, rank, width, packed);
   }
   const i64 used = in ? depth : 0;
   const Dropout drop{seed, threshold};
@@ -493,7 +505,7 @@ void lora_sum(const u16* in, const u16* W, const u16* low, i64 low_stride, const
 void lora_pull_back(const u16* v, const u16* B, u16* inner, const u16* left, i64 left_stride, float* gradient, i64 rows,
                     i64 width, i64 rank, float factor, int transposed, u64 seed, u32 threshold, int threads) {
   const Dropout drop{seed, threshold};
-  const i64 blocks = parts(rows, BLOCK), columns = parts(rank, 16);
+  const i64 block = block_of(rows, threads), blocks = parts(rows, block), columns = parts(rank, 16);
   u32* packed = nullptr;
   if (inner) {
     packed = buffers.packed.get<u32>(width / 32 * columns * TILE);
@@ -509,11 +521,11 @@ void lora_pull_back(const u16* v, const u16* B, u16* inner, const u16* left, i64
     if (omp_get_thread_num() == 0) used = omp_get_num_threads();
 #pragma omp for schedule(static) nowait
     for (i64 b = 0; b < blocks; b++) {
-      const i64 row = b * BLOCK, count = std::min(BLOCK, rows - row);
-      const u16* block = v + row * width;
-      if (inner) project_rows(block, width, count, packed, rank, {}, row, inner + row * rank);
-      const u16* next = rows - row >= 2 * BLOCK ? block + BLOCK * width : nullptr;
-      if (left) add_outer_product(left + row * left_stride, left_stride, rank, block, count, width, drop, row, fresh, next, own);
+      const i64 row = b * block, count = std::min(block, rows - row);
+      const u16* own_rows = v + row * width;
+      if (inner) project_rows(own_rows, width, count, packed, rank, {}, row, inner + row * rank);
+      const u16* next = rows - row >= 2 * BLOCK ? own_rows + BLOCK * width : nullptr;
+      if (left) add_outer_product(left + row * left_stride, left_stride, rank, own_rows, count, width, drop, row, fresh, next, own);
       fresh = false;
     }
   }

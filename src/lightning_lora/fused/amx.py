@@ -22,10 +22,7 @@ from lightning_lora.fused.compiled import load_compiled
 from lightning_lora.fused.dropout import Mask, WithMask
 from lightning_lora.fused.products import Base, Products, add_product
 
-_FLAGS = (
-    "-std=c++17 -O3 -fopenmp -mavx512f -mavx512bw -mavx512vl -mavx512bf16 -mvaes -mamx-tile -mamx-bf16 "
-    "-Wno-uninitialized"
-)
+_FLAGS = "-std=c++17 -O3 -fopenmp -mavx512f -mavx512bw -mavx512vl -mavx512bf16 -mvaes -mamx-tile -mamx-bf16"
 _NEEDED = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "vaes"}
 _WIDTH = 32  # numbers in a row of a tile, of which matrices consist
 _LEVELS = 2**16  # of the random bits of an element
@@ -49,7 +46,7 @@ def find_amx() -> AmxProducts | None:
     pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     mask = (ctypes.c_uint64, ctypes.c_uint32)
     library.lora_project.argtypes = [*[pointer] * 3, *[size] * 3, *mask, number]
-    library.lora_sum.argtypes = [*[pointer] * 3, size, *[pointer] * 3, *[size] * 4, number, number, *mask, number]
+    library.lora_sum.argtypes = [*[pointer] * 3, size, *[pointer] * 3, *[size] * 4, *[number] * 3, *mask, number]
     library.lora_pull_back.argtypes = [
         *[pointer] * 4, size, pointer, *[size] * 3, real, number, *mask, number
     ]  # fmt: skip
@@ -80,7 +77,7 @@ class AmxProducts(Products):
 
     @override
     def project(self, x: Tensor, small_A: Tensor, factor: float = 1.0) -> Tensor:
-        if factor != 1.0 or not fit(x, small_A):
+        if factor != 1.0 or not fit_projection(x, small_A):
             return super().project(x, small_A, factor)
         return self.project_kept(x, small_A, _KEEP_ALL)
 
@@ -97,27 +94,34 @@ class AmxProducts(Products):
     def output(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, small_B: Tensor, *, out: Tensor
     ) -> None:
-        strided = hidden.stride(1) != 1 or not out.is_contiguous()
-        if strided or weight.numel() > _LARGEST or not fit(x, weight, out):
+        (tokens, width), (_, depth), rank = out.shape, x.shape, hidden.shape[1]
+        agree = len(x) == len(hidden) == tokens and (width, rank) == small_B.shape
+        agree = agree and (bias is None or bias.shape == (width,))
+        agree = agree and weight.shape == (width, depth) and hidden.stride(1) == 1 and out.is_contiguous()
+        fits = agree and fit_weight(weight) and fit(x, out) and plain(hidden, small_B)
+        if not fits or _is_zero(small_B):
             super().output(x, weight, bias, hidden, small_B, out=out)
             return
-        x, weight, small_B = x.contiguous(), weight.contiguous(), small_B.contiguous()
+        x, small_B = x.contiguous(), small_B.contiguous()
         wide_bias = None if bias is None else bias.to(torch.float32)
         self._sum(
             *(x.data_ptr(), weight.data_ptr(), hidden.data_ptr(), hidden.stride(0), small_B.data_ptr()),
-            *(None if wide_bias is None else wide_bias.data_ptr(), out.data_ptr()),
-            *(*x.shape, len(weight), hidden.shape[1], True, False, *_KEEP_ALL, torch.get_num_threads()),
+            *(_address(wide_bias), out.data_ptr(), tokens, depth, width, rank),
+            *(weight.is_contiguous(), True, False, *_KEEP_ALL, torch.get_num_threads()),
         )
 
     @override
     def gradients_of_update(
         self, gradient: Tensor, small_B: Tensor, *, hidden: Tensor | None, like: Tensor, to_hidden: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        strided = hidden is not None and hidden.stride(1) != 1
-        if strided or like.dtype != torch.float32 or not like.is_contiguous() or not fit(gradient):
+        (tokens, width), rank = gradient.shape, small_B.shape[1]
+        agree = len(small_B) == width and like.shape == small_B.shape and like.is_contiguous()
+        agree = agree and like.dtype == torch.float32 and type(like) in _TENSORS
+        if hidden is not None:
+            agree = agree and hidden.shape == (tokens, rank) and hidden.stride(1) == 1 and plain(hidden)
+        if not agree or not fit(gradient) or not plain(small_B):
             return super().gradients_of_update(gradient, small_B, hidden=hidden, like=like, to_hidden=to_hidden)
         gradient, small_B = gradient.contiguous(), small_B.contiguous()
-        (tokens, width), rank = gradient.shape, small_B.shape[1]
         inner = gradient.new_empty(tokens, rank) if to_hidden else None
         grad_B = None if hidden is None else torch.empty_like(like)
         stride = 0 if hidden is None else hidden.stride(0)
@@ -129,7 +133,7 @@ class AmxProducts(Products):
 
     @override
     def gradient_of_first(self, inner: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
-        if not fit(x):
+        if len(inner) != len(x) or not fit(x) or not plain(inner):
             return super().gradient_of_first(inner, x, factor)
         return self.gradient_of_first_kept(inner, x, factor, _KEEP_ALL)
 
@@ -153,37 +157,32 @@ class AmxProducts(Products):
         small_A: Tensor | None = None,
         factor: float = 1.0,
     ) -> Tensor | None:
-        nothing = base is None and inner is None
-        if nothing or factor != 1.0 or not fit_gradient(gathered, base, small_A):
+        if inner is None or small_A is None:
+            return self.sum_kept(gathered, base, None, _KEEP_ALL)
+        if factor != 1.0 or not fit_update(gathered, inner, small_A):
             return super().gradient_of_input(gathered, base, inner, small_A, factor)
-        return self.gradient_of_input_kept(gathered, base, inner, small_A, _KEEP_ALL)
+        return self.sum_kept(gathered, base, (inner, small_A), _KEEP_ALL)
 
-    def gradient_of_input_kept(
-        self,
-        gathered: Tensor | None,
-        base: Base | None,
-        inner: Tensor | None,
-        small_A: Tensor | None,
-        mask: tuple[int, int],
-    ) -> Tensor:
-        """``gathered + gradient W + keep(inner A)``, of what there is."""
-        if base is not None and base[1].numel() > _LARGEST:
+    def sum_kept(
+        self, gathered: Tensor | None, base: Base | None, update: Base | None, mask: tuple[int, int]
+    ) -> Tensor | None:
+        """``gathered + gradient W + keep(inner A)``, of what there is; the update is known to fit."""
+        if base is not None and not _fits_base(base, update, gathered):
             gathered, base = add_product(gathered, *base), None
-            if inner is None:
-                return gathered
-        depth, gradient, weight = 0, None, None
-        if base is not None:
-            gradient, weight = (tensor.contiguous() for tensor in base)
-            depth = gradient.shape[1]
-        rank = 0
-        if inner is not None and small_A is not None:
-            inner, small_A, rank = inner.contiguous(), small_A.contiguous(), inner.shape[1]
-        rows = next(tensor for tensor in (gathered, gradient, inner) if tensor is not None)
-        columns = next(tensor for tensor in (gathered, weight, small_A) if tensor is not None)
-        out = rows.new_empty(len(rows), columns.shape[1]) if gathered is None else gathered
+            if update is not None and not fit_update(gathered, *update):
+                return add_product(gathered, *update)  # other shapes alone: torch says so
+        either = base or update
+        if either is None:
+            return gathered
+        out = either[0].new_empty(len(either[0]), either[1].shape[1]) if gathered is None else gathered
+        gradient, weight = (None, None) if base is None else (base[0].contiguous(), base[1])
+        inner, small_A = (None, None) if update is None else (update[0].contiguous(), update[1].contiguous())
+        depth, rank = (0 if left is None else left.shape[1] for left in (gradient, inner))
+        in_columns = weight is not None and not weight.is_contiguous()
         self._sum(
             *(_address(gradient), _address(weight), _address(inner), rank, _address(small_A), None, out.data_ptr()),
-            *(len(out), depth, out.shape[1], rank, False, gathered is not None, *mask, torch.get_num_threads()),
+            *(len(out), depth, out.shape[1], rank, in_columns, False, gathered is not None, *mask),
+            torch.get_num_threads(),
         )
         return out
 
@@ -215,7 +214,7 @@ class AmxDropout(WithMask):
 
     @override
     def project(self, x: Tensor, small_A: Tensor, factor: float = 1.0) -> Tensor:
-        if factor != 1.0 or not fit(x, small_A):
+        if factor != 1.0 or not fit_projection(x, small_A):
             return super().project(x, small_A, factor)
         return self._amx.project_kept(x, small_A, self._mask)
 
@@ -232,7 +231,7 @@ class AmxDropout(WithMask):
         gathered: Tensor | None = None,
         base: Base | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        fits = fit_gradient(gathered, base, small_A) and (x is None or fit(x))
+        fits = fit_update(gathered, inner, small_A) and (x is None or (len(x) == len(inner) and fit(x)))
         if factor != 1.0 or not fits:
             return super().pull_back(
                 inner, small_A, factor, x=x, factor_A=factor_A, to_input=to_input, gathered=gathered, base=base
@@ -240,7 +239,12 @@ class AmxDropout(WithMask):
         grad_A = None if x is None else self._amx.gradient_of_first_kept(inner, x, factor_A, self._mask)
         if not to_input:
             return grad_A, None
-        return grad_A, self._amx.gradient_of_input_kept(gathered, base, inner, small_A, self._mask)
+        return grad_A, self._amx.sum_kept(gathered, base, (inner, small_A), self._mask)
+
+
+def _is_zero(small_B: Tensor) -> bool:
+    """Whether an update has not begun: then a layer's output is the base's to the last bit, as oneDNN computes it."""
+    return small_B[0, 0].item() == 0.0 and not bool(small_B.any())
 
 
 def may_drop(like: Tensor) -> bool:
@@ -248,24 +252,47 @@ def may_drop(like: Tensor) -> bool:
     return like.dtype == torch.bfloat16 and like.shape[-1] % _WIDTH == 0
 
 
-def fit(*matrices: Tensor) -> bool:
-    """Whether tiles can be of them, outside of second derivatives, which need operations that have derivatives."""
+def plain(*matrices: Tensor) -> bool:
+    """Whether their numbers in bf16 lie where ``data_ptr`` says, and nothing needs the derivative of a product."""
     if torch.is_grad_enabled():
         return False
     for matrix in matrices:
-        if type(matrix) not in _TENSORS or matrix.dtype != torch.bfloat16:
-            return False
-        if matrix.shape[1] % _WIDTH or not matrix.numel():
+        if type(matrix) not in _TENSORS or matrix.dtype != torch.bfloat16 or not matrix.is_cpu or not matrix.numel():
             return False
     return True
 
 
-def fit_gradient(gathered: Tensor | None, base: Base | None, small_A: Tensor | None) -> bool:
-    """Whether there is an input's gradient, and tiles can be of all that it is the sum of."""
-    if gathered is not None and not gathered.is_contiguous():  # it is changed in place
+def fit(*matrices: Tensor) -> bool:
+    """Whether tiles can be of their rows, too."""
+    return plain(*matrices) and all(matrix.shape[1] % _WIDTH == 0 for matrix in matrices)
+
+
+def fit_projection(x: Tensor, small_A: Tensor) -> bool:
+    """Whether ``x A^T`` is a product of tiles; torch says what is wrong with one that is none at all."""
+    return x.shape[1] == small_A.shape[1] and fit(x, small_A)
+
+
+def fit_update(gathered: Tensor | None, inner: Tensor, small_A: Tensor) -> bool:
+    """Whether ``gathered + inner A`` is a sum of tiles, in place."""
+    if inner.shape[1] != len(small_A) or not fit(small_A) or not plain(inner):
         return False
-    there = [tensor for tensor in (gathered, *(base or ()), small_A) if tensor is not None]
-    return bool(there) and fit(*there)
+    shape = len(inner), small_A.shape[1]
+    return gathered is None or (gathered.shape == shape and gathered.is_contiguous() and fit(gathered))
+
+
+def fit_weight(weight: Tensor) -> bool:
+    """Whether tiles can be of a weight: its rows or its columns lie one after the other, and oneDNN is not as fast."""
+    return weight.numel() <= _LARGEST and plain(weight) and (weight.is_contiguous() or weight.t().is_contiguous())
+
+
+def _fits_base(base: Base, update: Base | None, gathered: Tensor | None) -> bool:
+    """Whether ``gradient W`` is a part of the sum; torch says what is wrong with one that is no product at all."""
+    gradient, weight = base
+    shape = len(gradient), weight.shape[1]
+    agree = gradient.shape[1] == len(weight) and (update is None or (len(update[0]), update[1].shape[1]) == shape)
+    if gathered is not None:
+        agree = agree and gathered.shape == shape and gathered.is_contiguous() and fit(gathered)
+    return agree and fit(gradient, weight) and fit_weight(weight)
 
 
 def _address(tensor: Tensor | None) -> int | None:

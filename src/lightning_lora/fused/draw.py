@@ -26,14 +26,15 @@ def draw_dropout(probability: float, *, like: Tensor, kernels: str = "torch") ->
     """Draw from torch's random stream on the CPU, on every device: no synchronisation, and a resume continues it.
 
     Args:
-        probability: Of dropping a value. Triton's kernels meet it, and so do few places on a CPU; of torch's masks the
-            share is one of 256 levels, 255 at most, and which of the two beside ``probability`` it is, is drawn, too,
-            so that the mean is exact.
+        probability: Of dropping a value. Triton's kernels meet it, and so do few places on a CPU; AMX's to the nearest
+            of 65536 levels; of torch's masks the share is one of 256 levels, 255 at most, and which of the two beside
+            ``probability`` it is, is drawn, too, so that the mean is exact.
         like: Has the dtype and the device of the values.
         kernels: One of ``KERNELS``; "triton" acts on CUDA, and below fp64; "amx" on a CPU that has it, in bf16.
 
     Raises:
-        MissingDependencyError: If Triton's kernels are asked for where it is not installed.
+        MissingDependencyError: If Triton's kernels are asked for where it is not installed, or AMX's where they can't
+            be compiled.
     """
     fixed = _FIXED.get()
     amx = find_amx() if kernels == "amx" and fixed is None and like.device.type == "cpu" else None

@@ -97,7 +97,7 @@ def lead(
         lora_B: ``(out_features, rank)``, at least in fp32.
         scalings: Factor of each update.
         dropout: Probability of dropping an element of the input; one mask for all.
-        kernels: For the products with dropout, see :func:`~lightning_lora.fused.draw.draw_dropout`.
+        kernels: What computes the products, see :func:`~lightning_lora.fused.draw.draw_dropout`.
 
     Returns:
         ``(..., out_features)`` in the input's dtype, and what the others share with it.

@@ -212,7 +212,7 @@ class KernelDropout(WithMask):
     def mask(self, shape: torch.Size, like: Tensor) -> Mask:
         with torch.no_grad():
             ones = like.new_ones(shape[:-1].numel(), 1)
-            _, kept = self.pull_back(ones, like.new_ones(1, shape[-1]), x=None, factor_A=1.0, to_input=True)
+            _, kept = self.pull_back(ones, like.new_ones(1, shape[-1]), x=None, to_input=True)
         assert kept is not None
         return Mask.of((kept != 0).view(shape).to(torch.int8).neg_(), like)
 

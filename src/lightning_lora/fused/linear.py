@@ -69,7 +69,7 @@ def lora_linear(
         lora_B: ``(out_features, rank)``, at least in fp32.
         scaling: Factor of the update.
         dropout: Probability of dropping an element of the input of the update.
-        kernels: For the products with dropout, see :func:`~lightning_lora.fused.draw.draw_dropout`.
+        kernels: What computes the products, see :func:`~lightning_lora.fused.draw.draw_dropout`.
 
     Returns:
         ``(..., out_features)`` in the input's dtype.

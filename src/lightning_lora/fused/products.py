@@ -1,4 +1,4 @@
-"""The four small products of a low-rank update, by torch's own operations."""
+"""The products of a low-rank update, and of the frozen weight that it is added to, by torch's own operations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Base = tuple[Tensor, Tensor]
 
 
 class Products:
-    """``hidden = factor x A^T``, ``hidden B^T``, and the gradients of both; a subclass computes them in another way."""
+    """``hidden = factor x A^T``, ``x W^T + hidden B^T``, and the gradients of both; a subclass has another way."""
 
     def project(self, x: Tensor, small_A: Tensor, factor: float = 1.0) -> Tensor:
         """``factor x A^T``.
