@@ -70,12 +70,12 @@ def installed_editable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_the_wheel_holds_every_config_file_the_marker_and_the_licence(wheel: Path) -> None:
+def test_the_wheel_holds_every_config_file_the_marker_the_kernels_and_the_licence(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     configs = {f"lightning_lora/conf/{path.relative_to(ROOT / 'conf').as_posix()}" for path in
                (ROOT / "conf").rglob("*") if path.suffix in (".yaml", ".py")}  # fmt: skip
     assert configs <= names
-    assert "lightning_lora/py.typed" in names
+    assert {"lightning_lora/py.typed", "lightning_lora/fused/amx.cpp"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

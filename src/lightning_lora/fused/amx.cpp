@@ -224,11 +224,12 @@ const u16* padded(const u16* in, i64 stride, i64 rows, i64 width) {
   return out;
 }
 
-// Tiles 0 to 3 += 32 rows of 32 numbers times two packed tiles.
+// Tiles 0 to 3 += 32 rows of 32 numbers times two packed tiles. Those pass through a core's nearest cache with a hint not
+// to stay, so that the rows do: a fifth of the time, where the rows fit in it.
 inline void multiply(const u16* in, i64 stride, const u32* packed, const u32* packed_too) {
-  _tile_loadd(6, packed, 64);
+  _tile_stream_loadd(6, packed, 64);
   _tile_loadd(4, in, stride * 2);
-  _tile_loadd(7, packed_too, 64);
+  _tile_stream_loadd(7, packed_too, 64);
   _tile_dpbf16ps(0, 4, 6);
   _tile_loadd(5, in + 16 * stride, stride * 2);
   _tile_dpbf16ps(2, 4, 7);
