@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning import Trainer, seed_everything
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRACallback, LoRAConfig, MissingDependencyError, inject_adapters
@@ -394,6 +395,17 @@ def test_a_run_without_values_asks_for_no_kernels(monkeypatch):
         assert draw_dropout(0.5, like=torch.ones(2, 32, dtype=torch.bfloat16), kernels="amx").products is TORCH
     meta = torch.ones(2, 32, dtype=torch.bfloat16, device="meta")
     assert draw_dropout(0.0, like=meta, kernels="amx").products is TORCH
+
+
+@has_amx
+def test_tensors_without_values_are_left_to_torch():
+    with FakeTensorMode():
+        lora_A, lora_B = torch.empty(4, 64), torch.empty(96, 4)
+        frozen = Frozen(torch.empty(96, 64, dtype=torch.bfloat16), None)
+        x = torch.empty(3, 64, dtype=torch.bfloat16).requires_grad_()
+        output = lora_linear(x, frozen, lora_A, lora_B, scaling=1.5, kernels="amx")
+        output.sum().backward()
+        assert output.shape == (3, 96) and x.grad.shape == (3, 64)
 
 
 def test_without_amx_the_products_are_torchs(monkeypatch):

@@ -249,7 +249,7 @@ def _is_zero(small_B: Tensor) -> bool:
 
 def may_drop(like: Tensor) -> bool:
     """Whether a mask of these values can be drawn in rows of tiles."""
-    return like.dtype == torch.bfloat16 and like.shape[-1] % _WIDTH == 0
+    return type(like) in _TENSORS and like.dtype == torch.bfloat16 and like.shape[-1] % _WIDTH == 0
 
 
 def plain(*matrices: Tensor) -> bool:
