@@ -26,6 +26,7 @@ from lightning_lora.fused.draw import draw_dropout, fixed_seed
 from lightning_lora.fused.dropout import WithMask
 from lightning_lora.fused.linear import Frozen, lora_linear, reference
 from lightning_lora.fused.products import TORCH
+from tests.fused.derivatives import gradients
 from tests.fused.hardware import AMX, has_amx
 
 # tokens, in, out, rank: whole tiles and parts of them; weights that are packed in several groups, or left to torch
@@ -161,15 +162,6 @@ def pieces(width=64, out=96, rank=5, *, bias=True):
         for seed, shape in ((2, (rank, width)), (3, (out, rank)))
     )
     return Frozen(draw(out, width, seed=1), draw(out, seed=4) if bias else None), lora_A, lora_B
-
-
-def gradients(function, x, lora_A, lora_B):
-    x = x.detach().requires_grad_()
-    lora_A.grad = lora_B.grad = None
-    torch.manual_seed(7)
-    output = function(x)
-    (output * draw(*output.shape, seed=9, dtype=output.dtype)).sum().backward()
-    return output.detach(), x.grad, lora_A.grad, lora_B.grad
 
 
 @has_amx

@@ -18,6 +18,7 @@ from lightning_lora.fused import lead, lora_linear
 from lightning_lora.fused.draw import draw_dropout
 from lightning_lora.fused.dropout import MaskedDropout
 from lightning_lora.fused.linear import Frozen, reference
+from tests.fused.derivatives import gradients
 
 pytest.importorskip("triton", reason="triton is not installed (it is for Linux alone)")
 from lightning_lora.fused.kernels import KernelDropout
@@ -80,15 +81,6 @@ def pieces(dtype=torch.float32, width=40, out=24, rank=4):
         draw(*shape, seed=seed).requires_grad_() for seed, shape in ((2, (rank, width)), (3, (out, rank)))
     )
     return Frozen(draw(out, width, seed=1, dtype=dtype), draw(out, seed=4, dtype=dtype)), lora_A, lora_B
-
-
-def gradients(function, x, lora_A, lora_B):
-    x = x.detach().requires_grad_()
-    lora_A.grad = lora_B.grad = None
-    torch.manual_seed(7)
-    output = function(x)
-    (output * draw(*output.shape, seed=9, dtype=output.dtype)).sum().backward()
-    return output.detach(), x.grad, lora_A.grad, lora_B.grad
 
 
 def test_a_layer_has_the_values_and_gradients_of_its_definition():
