@@ -168,6 +168,9 @@ def test_step_0_outputs_of_real_architectures_are_bitwise_those_of_the_base(name
             result = model(*inputs, **options)
         return result if isinstance(result, Tensor) else result.logits
 
+    # torch.matmul computes in another way with what requires grad, and on some CPUs rounds differently then: a frozen
+    # base is what an adapted one can be compared with.
+    model.requires_grad_(False)
     before = output()
     inject_adapters(model, LoRAConfig(rank=2))
     assert torch.equal(output(), before)

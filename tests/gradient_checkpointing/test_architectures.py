@@ -10,6 +10,7 @@ import torch
 from lightning_lora.gradient_checkpointing import disable_gradient_checkpointing, enable_gradient_checkpointing
 from tests.gradient_checkpointing.cases import (
     CASES,
+    assert_recomputed,
     assert_same,
     build,
     call,
@@ -33,7 +34,7 @@ def test_gradients_and_buffers_are_those_without(name: str, training: bool, auto
     expected = gradients(plain, inputs, autocast=autocast)
     found = gradients(module, inputs, autocast=autocast)
     assert any(value is not None and value.abs().max() > 0 for value in expected.values())
-    assert_same(found, expected)
+    assert_recomputed(found, expected)
     assert_same(dict(module.named_buffers()), dict(plain.named_buffers()))
 
 
