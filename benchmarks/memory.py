@@ -77,6 +77,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 def alive_bytes(build: Callable[[], Any]) -> tuple[Any, int]:
     """What ``build`` returns, and how many more bytes are alive after it than before."""
+    gc.collect()  # else what others left would end meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = build()
         gc.collect()

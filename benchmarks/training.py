@@ -91,8 +91,9 @@ def measure_memory(step: TrainingStep) -> dict[str, int]:
     drop_cast_copies(step.model)  # ours keeps them from step to step: they count where they are made
     peak = memory.peak_bytes(step)
     step.clear()
-    own = (*step.model.parameters(), *step.model.buffers(), *step.inputs.values())
-    saved = memory.saved_bytes(step.forward, exclude=own)
+    drop_cast_copies(step.model)
+    # Not by hooks on what is saved: ours lets them decide about its inputs, and saves these itself only without.
+    _, saved = memory.alive_bytes(step.forward)
     return {
         "saved_bytes": saved,
         "peak_bytes": peak,

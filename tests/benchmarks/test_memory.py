@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.memory import alive_bytes, peak_bytes, saved_bytes
 
 KIB = 1024
 
@@ -64,6 +64,17 @@ def test_nothing_that_was_counted_is_kept_alive():
 
     assert saved_bytes(forward, exclude=[weight]) == KIB
     assert outputs[0]() is None
+
+
+def test_what_is_alive_after_a_forward_pass_is_what_hooks_see_saved():
+    layers = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    batch = torch.randn(32, 64)
+
+    def forward():
+        return layers(batch).square().sum()
+
+    loss, alive = alive_bytes(forward)
+    assert alive == saved_bytes(forward, exclude=[*layers.parameters(), batch]) + loss.element_size()
 
 
 def test_counting_saved_bytes_leaves_gradients_right():

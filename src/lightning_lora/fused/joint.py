@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.fused.draw import draw_dropout
+from lightning_lora.fused.factored_input import save_as_factors
 from lightning_lora.fused.linear import (
     Compute,
     Frozen,
@@ -105,6 +106,8 @@ def lead(
     drop, uses = draw_dropout(dropout, like=input, kernels=kernels), Uses()
     factors = tuple(scaling * drop.scale for scaling in scalings)
     output, stand_in, *found = apply_node(LoRALinear, input, lora_B, frozen, factors, drop, uses, *lora_As)
+    if lora_As[0].requires_grad:
+        save_as_factors(output.grad_fn, input)
     others = zip(lora_As[1:], scalings[1:], found, strict=True)
     hidden = [Hidden(lora_A, lora_A._version, scaling, values) for lora_A, scaling, values in others]
     return output, Joint(stand_in, hidden, dropout, uses, drop.products)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_lora.fused.draw import draw_dropout
 from lightning_lora.fused.dropout import Dropout
+from lightning_lora.fused.factored_input import save_as_factors
 from lightning_lora.fused.products import Products
 
 Dequantize = Callable[[torch.dtype], Tensor]
@@ -76,6 +77,8 @@ def lora_linear(
     """
     drop = draw_dropout(dropout, like=input, kernels=kernels)
     output: Tensor = apply_node(LoRALinear, input, lora_B, frozen, (scaling * drop.scale,), drop, None, lora_A)
+    if lora_A.requires_grad:
+        save_as_factors(output.grad_fn, input)
     return output
 
 
