@@ -46,6 +46,7 @@ GROUPS = (
         "merge_for_good",
         "merge_proof",
         "merge_report",
+        "merge_sum",
         "export",
         "hyperparameters",
         "optimizers",

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lightning_lora.fused import Frozen, Joint
 
+ALL_ROWS = slice(None)
+
 
 class Adapter(nn.Module, ABC):
     """A named adapter of one layer. Every parameter of it is an adapter parameter."""
@@ -33,14 +35,15 @@ class Adapter(nn.Module, ABC):
         """
 
     @abstractmethod
-    def weight_update(self, weight: Tensor) -> Tensor:
+    def weight_update(self, weight: Tensor, rows: slice = ALL_ROWS) -> Tensor:
         """What has to be added to the dense weight so that it gives, alone, the output of the layer with this adapter.
 
         Args:
-            weight: ``(out_features, in_features)``, in at least fp32; left as it is.
+            weight: ``(out_features, in_features)``, or some rows of it, in at least fp32; left as it is.
+            rows: Which those are.
 
         Returns:
-            The update, ``(out_features, in_features)``, in the dtype of ``weight``.
+            The update of these rows, in the shape and dtype of ``weight``.
         """
 
     def adapt_linear(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.adapter import Adapter
+from lightning_lora.adapter import ALL_ROWS, Adapter
 from lightning_lora.class_swap import SwappedClass, original_class, restore_class, swap_class
 from lightning_lora.fused import CastCopy, Frozen, may_fuse, product_dtype, siblings
 from lightning_lora.quantized_layer import QuantizedLayer
@@ -133,11 +133,17 @@ class AdaptedLayer(SwappedClass):
 
     def weight_update(self) -> Tensor:
         """What the active adapters add to the weight, ``(out_features, in_features)``, in at least fp32."""
-        return _update(self.weight_matrix(), [self.adapter(name) for name in self.active])
+        weight = self.weight_matrix()
+        return update_of(self.active_adapters, weight.to(torch.promote_types(torch.float32, weight.dtype)))
 
     def merged_matrix(self) -> Tensor:
         """The weight with the active adapters folded in, ``(out_features, in_features)``, in at least fp32."""
-        return fold(self.weight_matrix(), [self.adapter(name) for name in self.active])
+        return self.weight_matrix() + self.weight_update()
+
+    @property
+    def active_adapters(self) -> list[Adapter]:
+        """The adapters that act, in order."""
+        return [self.adapter(name) for name in self.active]
 
     @property
     def has_own_forward(self) -> bool:
@@ -232,20 +238,13 @@ def _computes_its_own(original: Hashable) -> bool:
 
 
 @torch.no_grad()
-def fold(matrix: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    """A weight ``(out_features, in_features)`` with adapters folded in, in order, in at least fp32."""
-    update = _update(matrix, adapters)
-    return matrix.to(update.dtype) + update
-
-
-@torch.no_grad()
-def _update(matrix: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    matrix = matrix.to(torch.promote_types(torch.float32, matrix.dtype))
+def update_of(adapters: Sequence[Adapter], weight: Tensor, rows: slice = ALL_ROWS) -> Tensor:
+    """What adapters add, in order, to a weight ``(out_features, in_features)`` in at least fp32, or to rows of it."""
     update: Tensor | None = None
     for adapter in adapters:
-        added = adapter.weight_update(matrix if update is None else matrix + update)
+        added = adapter.weight_update(weight if update is None else weight + update, rows)
         update = added if update is None else update + added
-    return torch.zeros_like(matrix) if update is None else update
+    return torch.zeros_like(weight) if update is None else update
 
 
 def host_of(module: nn.Module) -> type[AdaptedLayer] | None:

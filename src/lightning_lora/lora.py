@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.adapter import Adapter
+from lightning_lora.adapter import ALL_ROWS, Adapter
 from lightning_lora.config import AdapterConfig
 from lightning_lora.functional import low_rank_update, low_rank_weight
 from lightning_lora.fused import KERNELS, Frozen, Joint, follow, lead, lora_linear, prepare_kernels, siblings
@@ -197,8 +197,8 @@ class LoRAAdapter(Adapter):
         return type(A), A.dtype, A.device, A.shape[1:], A.requires_grad, self.dropout, self.training, self.kernels
 
     @override
-    def weight_update(self, weight: Tensor) -> Tensor:
-        return low_rank_weight(self.lora_A, self.lora_B, scaling=self.scaling, dtype=weight.dtype)
+    def weight_update(self, weight: Tensor, rows: slice = ALL_ROWS) -> Tensor:
+        return low_rank_weight(self.lora_A, self.lora_B[rows], scaling=self.scaling, dtype=weight.dtype)
 
     @override
     def extra_repr(self) -> str:

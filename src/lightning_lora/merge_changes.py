@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.fingerprint import survey
-from lightning_lora.layers import fold, host_of
+from lightning_lora.layers import host_of
+from lightning_lora.merge_sum import fold_in
 from lightning_lora.originals import bits
 from lightning_lora.record import MergedState, Record, find_record
 from lightning_lora.targets.patterns import canonical
@@ -52,8 +53,8 @@ def _is_merge_cast(module: nn.Module, merged: MergedState, name: str, weight: Te
         return False
     base = merged.weights[name].matrix_for(layer)
     adapters = merged.adapters.get(name, nn.ModuleDict()).to(base.device)
-    folded = fold(base, [cast(Adapter, adapters[key]) for key in merged.active.get(name, ())])
-    matrix = host.as_weight(folded.to(merged.sums[weight_of(name)][0]))
+    active = [cast(Adapter, adapters[key]) for key in merged.active.get(name, ())]
+    matrix = host.as_weight(fold_in(active, base, merged.sums[weight_of(name)][0]).stored)
     return matrix.shape == weight.shape and torch.equal(matrix.to(weight.dtype), weight.detach().to(base.device))
 
 

@@ -1,4 +1,4 @@
-"""A merge that keeps nothing: the memory of two or three layers, and no way back."""
+"""A merge that keeps nothing: the memory of one layer or two, and no way back."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +17,7 @@ from lightning_lora.layers import AdaptedLayer, adapted_layers
 from lightning_lora.merge_bases import Layer, live_weight, original_weights
 from lightning_lora.merge_config import MergeConfig
 from lightning_lora.merge_report import MergeReport, Norms
+from lightning_lora.merge_sum import fold_in
 from lightning_lora.quantization.conversion import settings_of
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.record import Record, find_record
@@ -50,21 +52,22 @@ def merged_weights(module: nn.Module, config: MergeConfig, norms: Norms | None =
     """
     base_of = _base_reader(module, config)
     for name, layer in list(adapted_layers(module)):
-        update = layer.weight_update()
-        base = base_of(name, layer).to(update.dtype)
-        merged, codes = base + update, None
+        base, dtype, adapters = base_of(name, layer), config.torch_dtype or layer.weight_dtype, layer.active_adapters
+        codes = dequantized = None
         if config.base == "requantized" and isinstance(layer, QuantizedLayer):
-            codes = layer.codes_of(merged)
-            merged = KeptWeight(codes, _format_of(layer)).matrix_for(layer)
-        stored = merged.to(config.torch_dtype or layer.weight_dtype)
+            codes = layer.codes_of(fold_in(adapters, base, torch.promote_types(torch.float32, base.dtype)).stored)
+            dequantized = KeptWeight(codes, _format_of(layer)).matrix_for(layer)
+        folded = fold_in(adapters, base, dtype, instead=dequantized)
         if norms is not None:
-            shift = base - live_weight(name, layer).to(update.dtype) if config.base == "original" else None
-            if not norms.add(name, base=base, update=update, stored=stored, shift=shift):
+            moved = base - live_weight(name, layer) if config.base == "original" else torch.zeros(1)
+            norms.add(name, folded, shift=torch.linalg.vector_norm(moved).item())
+            if not folded.is_finite:
                 raise MergeError(
-                    f"The merged weight of {name!r} is not finite: its adapter diverged, or overflows {stored.dtype}. "
+                    f"The merged weight of {name!r} is not finite: its adapter diverged, or overflows {dtype}. "
                     "Merge an earlier checkpoint, or in a wider dtype."
                 )
-        yield MergedWeight(name, layer, stored, codes)
+        yield MergedWeight(name, layer, folded.stored, codes)
+        del folded, codes, dequantized  # else one layer more is there while the next is folded
 
 
 def _format_of(layer: AdaptedLayer) -> tuple[type[QuantizedLayer], dict[str, Any]]:
@@ -92,8 +95,7 @@ def measure_merge(module: nn.Module, config: MergeConfig) -> MergeReport:
     """
     live_record(module)
     norms = Norms()
-    for _ in proved_weights(module, config, norms):
-        pass
+    deque(proved_weights(module, config, norms), maxlen=0)  # keeps none of them
     if config.base == "original":
         for _ in plain_weights(module, config):  # read and compared now: what is to be written must be there
             pass
@@ -106,6 +108,7 @@ def proved_weights(module: nn.Module, config: MergeConfig, norms: Norms) -> Iter
         if weight.layer.has_own_forward:
             _probe(weight.name, weight.layer, config.tolerance)
         yield weight
+        del weight
 
 
 def judge(norms: Norms, config: MergeConfig) -> MergeReport:

@@ -7,8 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from lightning_lora.merge_sum import Folded
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -123,24 +122,14 @@ class Norms:
     layers: list[MergedLayer] = field(default_factory=list)
     dtypes: set[str] = field(default_factory=set)
 
-    def add(self, name: str, *, base: Tensor, update: Tensor, stored: Tensor, shift: Tensor | None = None) -> bool:
-        """Count the merged weight ``stored`` of a layer in; ``shift`` is how far ``base`` is from the live one.
-
-        Returns:
-            Whether all of it is finite, which costs nothing here and a pass over every weight elsewhere.
-        """
-        # The difference of two close floating-point numbers is exact (Sterbenz), so fp32 shows the rounding of fp32.
-        error = torch.linalg.vector_norm((stored.to(update.dtype) - base).sub_(update)).item()
-        size = torch.linalg.vector_norm(update).item()
-        self.dtypes.add(str(stored.dtype).removeprefix("torch."))
-        self.error += error**2
+    def add(self, name: str, folded: Folded, *, shift: float = 0.0) -> None:
+        """Count a layer in; ``shift`` is the norm of the weight that it was folded into less the live one."""
+        size = folded.update
+        self.dtypes.add(str(folded.stored.dtype).removeprefix("torch."))
+        self.error += folded.error**2
         self.update += size**2
-        weight = torch.linalg.vector_norm(base).item()
-        moved = 0.0 if shift is None else torch.linalg.vector_norm(shift).item()
-        self.layers.append(
-            MergedLayer(name, size, weight, error / size if size else 0.0, moved / size if size else 0.0)
-        )
-        return math.isfinite(error + size + weight)
+        error, moved = (value / size if size else 0.0 for value in (folded.error, shift))
+        self.layers.append(MergedLayer(name, size, folded.weight, error, moved))
 
     @property
     def relative_error(self) -> float:
