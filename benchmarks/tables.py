@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,24 @@ class Row:
 
 
 def read(folder: Path = RECORDS) -> Iterator[Row]:
-    """The rows of all step records, by shape and setting."""
+    """The rows of all step records, by shape and setting; saved bytes, which no machine changes, of newer records."""
+    saved = saved_shares(folder)
     for path in sorted(folder.glob("step-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for row in record["rows"]:
-            yield _row(row, optimizer=record["settings"]["optimizer"])
+            yield _row(row, saved, optimizer=record["settings"]["optimizer"])
 
 
-def _row(row: dict[str, Any], *, optimizer: bool) -> Row:
+def saved_shares(folder: Path = RECORDS) -> dict[models.Case, float]:
+    """Ours over PEFT's, from the records of ``benchmarks.saved``."""
+    shares: dict[models.Case, float] = {}
+    for path in sorted(folder.glob("saved-*.json")):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            shares[models.Case(**row["case"])] = row["saved_bytes"]["ours"] / row["saved_bytes"]["peft"]
+    return shares
+
+
+def _row(row: dict[str, Any], saved: dict[models.Case, float], *, optimizer: bool) -> Row:
     case, ratios, memory = models.Case(**row["case"]), row["ratios"], row["memory"]
     is_vision = isinstance(models.SHAPES[case.shape], models.VisionShape)
     known = {"ours_to_peft", "ours_to_peft_best", "ours_to_frozen", "peft_to_frozen"}
@@ -52,7 +62,7 @@ def _row(row: dict[str, Any], *, optimizer: bool) -> Row:
         peft=ratios["ours_to_peft"],
         peft_best=ratios["ours_to_peft_best"]["median"],
         floor=ratios["ours_to_frozen"]["median"],
-        saved=memory["ours"]["saved_bytes"] / memory["peft"]["saved_bytes"],
+        saved=saved.get(replace(case, kernels="torch"), memory["ours"]["saved_bytes"] / memory["peft"]["saved_bytes"]),
         peak=memory["ours"]["peak_bytes"] / memory["peft"]["peak_bytes"],
         peers={name.removeprefix("ours_to_"): value["median"] for name, value in ratios.items() if name not in known},
     )
