@@ -24,20 +24,26 @@ VARIANTS = ("ours", "peft", "peft-best", "frozen")
 
 
 def cases(shape: str, batch: int) -> list[models.Case]:
-    """Every setting of the step records, of one shape."""
+    """Every setting of the step records but the compiled one, of one shape."""
     options: tuple[dict[str, Any], ...] = (
         {"dropout": 0.0},
         {"dropout": 0.05},
-        {"precision": "bf16-mixed", "dropout": 0.0, "quantization": "bf16"},
-        {"precision": "bf16-mixed", "dropout": 0.05, "quantization": "bf16"},
         {"precision": "fp32", "dropout": 0.0},
         {"precision": "fp32", "dropout": 0.05},
+        {"precision": "bf16-mixed", "dropout": 0.0},
+        {"precision": "bf16-mixed", "dropout": 0.05},
+        {"precision": "bf16-mixed", "dropout": 0.0, "quantization": "bf16"},
+        {"precision": "bf16-mixed", "dropout": 0.05, "quantization": "bf16"},
         {"targets": "q+v"},
         {"layers": "last-half"},
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "layers": "last-half"},
         {"quantization": "nf4"},
         {"quantization": "nf4", "dropout": 0.05},
+        {"quantization": "nf4-double"},
+        {"quantization": "nf4-double", "dropout": 0.05},
+        {"quantization": "nf4-double", "precision": "fp32"},
+        {"quantization": "nf4-double", "precision": "fp32", "dropout": 0.05},
     )
     return [models.Case(shape=shape, batch=batch, **chosen) for chosen in options]
 
@@ -90,11 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.saved", description=__doc__)
     parser.add_argument("--shape", default="llama-8x512", choices=list(models.SHAPES))
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--settings", type=int, help="only so many, of the first")
     parser.add_argument("--output", type=Path, help="JSON file, e.g. benchmarks/results/saved-llama-8x512.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     environment, rows = record.environment(), list[dict[str, Any]]()
-    for case in cases(options.shape, options.batch):
+    for case in cases(options.shape, options.batch)[: options.settings]:
         rows.append(measure(case))
         gc.collect()
         if options.output:

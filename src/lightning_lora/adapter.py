@@ -39,8 +39,8 @@ class Adapter(nn.Module, ABC):
         """What has to be added to the dense weight so that it gives, alone, the output of the layer with this adapter.
 
         Args:
-            weight: ``(out_features, in_features)``, or some rows of it, in at least fp32; left as it is.
-            rows: Which those are.
+            weight: ``(out_features, in_features)`` or fewer rows, in at least fp32; left as it is.
+            rows: Which rows of the layer's weight ``weight`` holds.
 
         Returns:
             The update of these rows, in the shape and dtype of ``weight``.

@@ -136,9 +136,12 @@ class AdaptedLayer(SwappedClass):
         weight = self.weight_matrix()
         return update_of(self.active_adapters, weight.to(torch.promote_types(torch.float32, weight.dtype)))
 
+    @torch.no_grad()
     def merged_matrix(self) -> Tensor:
         """The weight with the active adapters folded in, ``(out_features, in_features)``, in at least fp32."""
-        return self.weight_matrix() + self.weight_update()
+        weight = self.weight_matrix()
+        weight = weight.to(torch.promote_types(torch.float32, weight.dtype))
+        return weight + update_of(self.active_adapters, weight)
 
     @property
     def active_adapters(self) -> list[Adapter]:

@@ -1,4 +1,4 @@
-"""A merge that keeps nothing: the memory of one layer or two, and no way back."""
+"""A merge that keeps nothing: of a dense base in the memory of one layer, and no way back."""
 
 from __future__ import annotations
 

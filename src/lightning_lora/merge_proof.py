@@ -59,15 +59,18 @@ def merged_weights(module: nn.Module, config: MergeConfig, norms: Norms | None =
             dequantized = KeptWeight(codes, _format_of(layer)).matrix_for(layer)
         folded = fold_in(adapters, base, dtype, instead=dequantized)
         if norms is not None:
-            moved = base - live_weight(name, layer) if config.base == "original" else torch.zeros(1)
-            norms.add(name, folded, shift=torch.linalg.vector_norm(moved).item())
+            norms.add(name, folded, shift=_shift(name, layer, base) if config.base == "original" else 0.0)
             if not folded.is_finite:
                 raise MergeError(
                     f"The merged weight of {name!r} is not finite: its adapter diverged, or overflows {dtype}. "
                     "Merge an earlier checkpoint, or in a wider dtype."
                 )
         yield MergedWeight(name, layer, folded.stored, codes)
-        del folded, codes, dequantized  # else one layer more is there while the next is folded
+        del base, folded, codes, dequantized  # else a layer more is there while the next is folded
+
+
+def _shift(name: str, layer: AdaptedLayer, base: Tensor) -> float:
+    return float(torch.linalg.vector_norm(live_weight(name, layer).to(base.dtype).sub(base)))
 
 
 def _format_of(layer: AdaptedLayer) -> tuple[type[QuantizedLayer], dict[str, Any]]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_lora.adapter import Adapter
 from lightning_lora.layers import update_of
 
-_BLOCK = 2**18  # values: smaller ones take longer in Python than they save
+_BLOCK = 2**18  # values, on a CPU: smaller blocks take longer in Python than they save
+_LARGE_BLOCK = 2**24  # on other devices, where every operation has to be started
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def fold_in(adapters: Sequence[Adapter], base: Tensor, dtype: torch.dtype, *, in
         instead: What is stored in the place of the sum: what codes made of it stand for.
     """
     norms: list[Tensor] = []
-    stored = torch.empty(base.shape, dtype=dtype, device=base.device)
+    stored = torch.empty_like(base, dtype=dtype)  # a transposed weight stays one
     for rows in _blocks(base):
         norms += _fold_rows(adapters, base, rows, stored, instead)
     return Folded(stored, *_joined(norms))
@@ -70,9 +71,9 @@ def _fold_rows(
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Of rows; on other devices than a CPU a block is the whole, since every operation there has to be started."""
     rows, columns = matrix.shape
-    step = max(1, _BLOCK // max(1, columns)) if matrix.device.type == "cpu" else max(1, rows)
+    values = _BLOCK if matrix.device.type == "cpu" else _LARGE_BLOCK
+    step = max(1, values // max(1, columns))
     for first in range(0, rows, step):
         yield slice(first, first + step)
 
@@ -81,6 +82,6 @@ def _joined(norms: list[Tensor]) -> list[float]:
     """Three norms of a whole from those of its parts, in turn."""
     if not norms:
         return [0.0, 0.0, 0.0]
-    parts = torch.stack(norms).to(torch.float64).view(-1, 3)
+    parts = torch.stack(norms).cpu().to(torch.float64).view(-1, 3)  # first to the CPU: MPS has no float64
     joined: list[float] = torch.linalg.vector_norm(parts, dim=0).tolist()
     return joined

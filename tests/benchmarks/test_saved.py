@@ -33,6 +33,15 @@ def test_names_tell_the_settings_apart():
     assert len(set(names)) == len(names)
 
 
+def test_every_step_record_has_its_saved_bytes():
+    """Else a column of the page would mix what two commits save; what a compiler saves is not measured here."""
+    shares = tables.saved_shares()
+    for path in tables.RECORDS.glob("step-*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            case = models.Case(**{**row["case"], "kernels": "torch"})
+            assert case.compiled or case in shares, path.name
+
+
 def test_the_page_takes_saved_bytes_of_these_records_whatever_kernels_a_step_had(tmp_path):
     for path in tables.RECORDS.glob("step-llama-8x512-amx.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -41,8 +41,8 @@ def save_as_factors(node: Any, input: Tensor) -> None:
 
     Args:
         node: The ``grad_fn`` of what was computed from the input; None where nothing is recorded.
-        input: On whose values nothing else may depend: changes that autograd is not told of, by ``input.data``, are
-            not seen.
+        input: Changes of it or its factors that autograd is not told of (``.data``) are not seen, as for autograd's
+            own gradients of the factors.
     """
     if node is None or input.numel() < _LEAST or type(input.grad_fn).__name__ != "MulBackward0":
         return
@@ -69,4 +69,7 @@ def _factors_of(input: Tensor) -> Factors | None:
         return None
     if left is None or right is None:  # only one has a gradient
         return None
+    if left.is_leaf or right.is_leaf:  # a parameter, which sharding may free until its module's own backward pass
+        return None
+    # Detached: this is about values, and their places in the graph are the input's.
     return Factors(left.detach(), right.detach(), (left._version, right._version))
