@@ -32,8 +32,8 @@ class MergeConfig:
         in_place: Whether the live module becomes plain, with merged weights, after the artifact is written.
         keep_base: Whether the module keeps the weights that a merge in place replaces, for an exact unmerge and for
             tests and fits after it that load adapters. Without them a merge of a dense base takes the memory of one
-            layer, not that of all, and the module is plain for good: it is saved whole, and loads no adapters. (At fit end the
-            proof by outputs keeps them for a moment.)
+            layer, not that of all, and the module is plain for good: it is saved whole, and loads no adapters. (At fit
+            end the proof by outputs keeps them for a moment.)
         tolerance: Refuse a merge whose rounding error, over all layers, exceeds this share of the update, or that
             changes outputs by more than this share of what the adapters change in them (and by more than rounding
             explains): those of the live module in its own dtype, on a batch of the run, and those of every layer whose
