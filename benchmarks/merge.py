@@ -25,7 +25,7 @@ from lightning_lora import MergeConfig, merge_adapters
 MERGES: dict[str, Callable[[Any], object]] = {
     "peft": lambda model: model.merge_and_unload(),
     "peft-twin": lambda model: model.merge_and_unload(),
-    "ours": lambda model: merge_adapters(model),
+    "ours": merge_adapters,
     "ours-for-good": lambda model: merge_adapters(model, MergeConfig(keep_base=False)),
 }
 
@@ -55,6 +55,11 @@ class Merging:
         """The merge alone."""
         return MERGES[self._name](self._model)
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """A copy of what the merge made, by the base's names."""
+        plain = self._model if self._name.startswith("ours") else self._model.base_model.model
+        return {key: value.clone() for key, value in plain.state_dict().items()}
+
 
 def measure(case: models.Case, rounds: int) -> dict[str, Any]:
     """One row, as plain types."""
@@ -64,12 +69,12 @@ def measure(case: models.Case, rounds: int) -> dict[str, Any]:
     peaks, merged = {}, {}
     for name, variant in variants.items():
         peaks[name] = _peak_above_the_model(variant)
-        merged[name] = {key: value.clone() for key, value in _plain(variant).items()}
+        merged[name] = variant.weights()
     _agree(merged)
     timings = harness.interleave(
         variants, rounds=rounds, warmup=1, before={name: variant.build for name, variant in variants.items()}
     )
-    layers = [layer.weight.nbytes for layer in base.modules() if isinstance(layer, nn.Linear)]
+    adapted = (layer for name, layer in base.named_modules() if name.endswith(tuple(case.linear)))
     return {
         "shape": case.shape,
         "precision": case.precision,
@@ -77,7 +82,7 @@ def measure(case: models.Case, rounds: int) -> dict[str, Any]:
         "self_test": timings.self_test("peft-twin", twin="peft", tolerance=0.1).to_dict(),
         "ratios": {name: timings.ratio(name, to="peft").to_dict() for name in ("ours", "ours-for-good")},
         "peak_bytes_above_the_model": peaks,
-        "largest_layer_bytes": sorted(layers)[-2],  # the largest is the head, tied to the embedding and not adapted
+        "largest_layer_bytes": max(layer.weight.nbytes for layer in adapted),
         "median_seconds": {name: timings.median(name) for name in variants},
     }
 
@@ -92,11 +97,6 @@ def _peak_above_the_model(variant: Merging) -> int:
         variant()
 
     return memory.peak_bytes(build_and_merge) - model
-
-
-def _plain(variant: Merging) -> dict[str, torch.Tensor]:
-    model = variant._model
-    return (model if variant._name.startswith("ours") else model.base_model.model).state_dict()
 
 
 def _agree(merged: dict[str, dict[str, torch.Tensor]]) -> None:

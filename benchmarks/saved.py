@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks import memory, models, record, training
-from lightning_lora.layers import drop_cast_copies
+from benchmarks import models, record, tables, training
 
 VARIANTS = ("ours", "peft", "peft-best", "frozen")
 
@@ -64,19 +63,8 @@ def measure(case: models.Case) -> dict[str, Any]:
 
 def _saved(model: nn.Module, case: models.Case) -> int:
     step = training.build_step(model, case, optimizer=False)
-    step.forward()  # buffers that models make when they are first called
-    drop_cast_copies(model)
-    _, saved = memory.alive_bytes(step.forward)
-    return saved
-
-
-def name_of(case: dict[str, Any]) -> str:
-    """What tells a row from the others."""
-    parts = [case["precision"], f"dropout {case['dropout']:g}"]
-    parts += [f"{case['quantization']} base"] if case["quantization"] else []
-    parts += [case["targets"]] if case["targets"] != "all-linear" else []
-    parts += [case["layers"]] if case["layers"] != "all" else []
-    return ", ".join(parts + ["recomputed"] * case["gradient_checkpointing"])
+    step.forward()
+    return training.saved_bytes(step)
 
 
 def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
@@ -87,7 +75,7 @@ def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     for row in rows:
         saved = row["saved_bytes"]
         sizes = (f"{saved[name] / 2**20:.2f}" if name in saved else "=" for name in VARIANTS)
-        view.add_row(name_of(row["case"]), *sizes, f"{saved['ours'] / saved['peft']:.4f}")
+        view.add_row(tables.setting(models.Case(**row["case"])), *sizes, f"{saved['ours'] / saved['peft']:.4f}")
     return view
 
 

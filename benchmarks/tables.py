@@ -57,7 +57,7 @@ def _row(row: dict[str, Any], saved: dict[models.Case, float], *, optimizer: boo
     is_vision = isinstance(models.SHAPES[case.shape], models.VisionShape)
     known = {"ours_to_peft", "ours_to_peft_best", "ours_to_frozen", "peft_to_frozen"}
     return Row(
-        setting=_setting(case) + (", with clipping and AdamW" if optimizer else ""),
+        setting=setting(case) + (", with clipping and AdamW" if optimizer else ""),
         shape=f"{case.shape}, {case.batch}" if is_vision else f"{case.shape}, {case.batch} x {case.length}",
         peft=ratios["ours_to_peft"],
         peft_best=ratios["ours_to_peft_best"]["median"],
@@ -68,7 +68,8 @@ def _row(row: dict[str, Any], saved: dict[models.Case, float], *, optimizer: boo
     )
 
 
-def _setting(case: models.Case) -> str:
+def setting(case: models.Case) -> str:
+    """What tells a row from the others of a shape."""
     parts = [case.precision]
     if case.quantization:
         parts.append(f"{case.quantization} base")

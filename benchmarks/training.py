@@ -91,11 +91,18 @@ def measure_memory(step: TrainingStep) -> dict[str, int]:
     drop_cast_copies(step.model)  # ours keeps them from step to step: they count where they are made
     peak = memory.peak_bytes(step)
     step.clear()
-    drop_cast_copies(step.model)
-    # Not by hooks on what is saved: ours lets them decide about its inputs, and saves these itself only without.
-    _, saved = memory.alive_bytes(step.forward)
     return {
-        "saved_bytes": saved,
+        "saved_bytes": saved_bytes(step),
         "peak_bytes": peak,
         "trainable_bytes": sum(p.numel() * p.element_size() for p in trainable(step.model)),
     }
+
+
+def saved_bytes(step: TrainingStep) -> int:
+    """What a forward pass leaves for the backward pass; a first one has made what models keep.
+
+    Not by hooks on what is saved: ours lets them decide about its inputs, and gives these up itself only without.
+    """
+    drop_cast_copies(step.model)
+    _, saved = memory.alive_bytes(step.forward)
+    return saved

@@ -133,15 +133,17 @@ class AdaptedLayer(SwappedClass):
 
     def weight_update(self) -> Tensor:
         """What the active adapters add to the weight, ``(out_features, in_features)``, in at least fp32."""
-        weight = self.weight_matrix()
-        return update_of(self.active_adapters, weight.to(torch.promote_types(torch.float32, weight.dtype)))
+        return update_of(self.active_adapters, self._exact_weight())
 
     @torch.no_grad()
     def merged_matrix(self) -> Tensor:
         """The weight with the active adapters folded in, ``(out_features, in_features)``, in at least fp32."""
-        weight = self.weight_matrix()
-        weight = weight.to(torch.promote_types(torch.float32, weight.dtype))
+        weight = self._exact_weight()
         return weight + update_of(self.active_adapters, weight)
+
+    def _exact_weight(self) -> Tensor:
+        weight = self.weight_matrix()
+        return weight.to(torch.promote_types(torch.float32, weight.dtype))
 
     @property
     def active_adapters(self) -> list[Adapter]:

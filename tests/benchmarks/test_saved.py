@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # what PEFT calls
 
 
-@pytest.mark.parametrize("case", saved.cases("tiny", 1), ids=lambda case: saved.name_of(vars(case)))
+@pytest.mark.parametrize("case", saved.cases("tiny", 1), ids=tables.setting)
 def test_every_setting_is_measured(case):
     row = saved.measure(case)
     assert set(row["saved_bytes"]) >= {"ours", "peft", "frozen"}
@@ -29,7 +29,7 @@ def test_a_measured_row_repeats_to_the_byte():
 
 
 def test_names_tell_the_settings_apart():
-    names = [saved.name_of(vars(case)) for case in saved.cases("tiny", 1)]
+    names = [tables.setting(case) for case in saved.cases("tiny", 1)]
     assert len(set(names)) == len(names)
 
 

@@ -146,7 +146,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("how", ["plain", "checkpoint", "offload"])
 def test_the_output_can_be_changed_in_place(how, change, shape):
-    layer = net(depth=1)[0].up
+    layer = net(depth=1)[0].up.double()  # in fp32 the sums below round differently on every CPU
 
     def changed(x, of=layer):
         y = of(x)
@@ -154,7 +154,7 @@ def test_the_output_can_be_changed_in_place(how, change, shape):
         return y.sum(-1)
 
     def gradients(run):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
         layer.zero_grad()
         run(x).square().sum().backward()
         return [x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
@@ -171,4 +171,4 @@ def test_the_output_can_be_changed_in_place(how, change, shape):
             return changed(x)
 
     for found, expected in zip(gradients(here), gradients(with_torchs_own), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
