@@ -15,19 +15,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from typing_extensions import override
 
 from lightning_lora.fused.compiled import load_compiled
 from lightning_lora.fused.dropout import Mask, WithMask
-from lightning_lora.fused.products import Base, Products, add_product
+from lightning_lora.fused.products import PLAIN_TENSORS, Base, Products, add_product, is_zero
 
 _FLAGS = "-std=c++17 -O3 -fopenmp -mavx512f -mavx512bw -mavx512vl -mavx512bf16 -mvaes -mamx-tile -mamx-bf16"
 _NEEDED = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "vaes"}
 _WIDTH = 32  # numbers in a row of a tile, of which matrices consist
 _LEVELS = 2**16  # of the random bits of an element
 _LARGEST = 2**20  # numbers in a weight: with larger ones oneDNN is as fast, or faster
-_TENSORS = (Tensor, Parameter)
 _KEEP_ALL = (0, 0)  # seed and threshold of a mask
 
 
@@ -99,7 +97,7 @@ class AmxProducts(Products):
         agree = agree and (bias is None or bias.shape == (width,))
         agree = agree and weight.shape == (width, depth) and hidden.stride(1) == 1 and out.is_contiguous()
         fits = agree and fit_weight(weight) and fit(x, out) and plain(hidden, small_B)
-        if not fits or _is_zero(small_B):
+        if not fits or is_zero(small_B):
             super().output(x, weight, bias, hidden, small_B, out=out)
             return
         x, small_B = x.contiguous(), small_B.contiguous()
@@ -116,7 +114,7 @@ class AmxProducts(Products):
     ) -> tuple[Tensor | None, Tensor | None]:
         (tokens, width), rank = gradient.shape, small_B.shape[1]
         agree = len(small_B) == width and like.shape == small_B.shape and like.is_contiguous()
-        agree = agree and like.dtype == torch.float32 and type(like) in _TENSORS
+        agree = agree and like.dtype == torch.float32 and type(like) in PLAIN_TENSORS
         if hidden is not None:
             agree = agree and hidden.shape == (tokens, rank) and hidden.stride(1) == 1 and plain(hidden)
         if not agree or not fit(gradient) or not plain(small_B):
@@ -242,14 +240,9 @@ class AmxDropout(WithMask):
         return grad_A, self._amx.sum_kept(gathered, base, (inner, small_A), self._mask)
 
 
-def _is_zero(small_B: Tensor) -> bool:
-    """Whether an update has not begun: then a layer's output is the base's to the last bit, as oneDNN computes it."""
-    return small_B[0, 0].item() == 0.0 and not bool(small_B.any())
-
-
 def may_drop(like: Tensor) -> bool:
     """Whether a mask of these values can be drawn in rows of tiles."""
-    return type(like) in _TENSORS and like.dtype == torch.bfloat16 and like.shape[-1] % _WIDTH == 0
+    return type(like) in PLAIN_TENSORS and like.dtype == torch.bfloat16 and like.shape[-1] % _WIDTH == 0
 
 
 def plain(*matrices: Tensor) -> bool:
@@ -257,7 +250,12 @@ def plain(*matrices: Tensor) -> bool:
     if torch.is_grad_enabled():
         return False
     for matrix in matrices:
-        if type(matrix) not in _TENSORS or matrix.dtype != torch.bfloat16 or not matrix.is_cpu or not matrix.numel():
+        if (
+            type(matrix) not in PLAIN_TENSORS
+            or matrix.dtype != torch.bfloat16
+            or not matrix.is_cpu
+            or not matrix.numel()
+        ):
             return False
     return True
 

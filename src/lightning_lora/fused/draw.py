@@ -17,6 +17,7 @@ from lightning_lora.fused.amx import AmxDropout, find_amx, may_drop
 from lightning_lora.fused.dropout import LEVELS, Dropout, MaskedDropout
 from lightning_lora.fused.products import TORCH
 from lightning_lora.fused.rare_dropout import RareDropout, is_rare
+from lightning_lora.fused.widened import WIDENED, is_emulated
 
 KERNELS = ("torch", "triton", "amx")
 _FIXED: ContextVar[int | None] = ContextVar("seed of all masks", default=None)
@@ -38,7 +39,7 @@ def draw_dropout(probability: float, *, like: Tensor, kernels: str = "torch") ->
     """
     fixed = _FIXED.get()
     amx = find_amx() if kernels == "amx" and fixed is None and like.device.type == "cpu" else None
-    products = amx or TORCH
+    products = amx or (WIDENED if like.device.type == "cpu" and is_emulated(like.dtype) else TORCH)
     if probability == 0.0:
         return Dropout(products)
     seed = int(torch.randint(0, 2**31 - 1, (), device="cpu")) if fixed is None else fixed

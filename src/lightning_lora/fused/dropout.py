@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.fused.products import TORCH, Base, Products, product
+from lightning_lora.fused.products import TORCH, Base, Products
 
 LEVELS = 256  # of a byte
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -123,7 +123,7 @@ class WithMask(Dropout, ABC):
         if not to_input:
             return grad_A, None
         gathered = self.products.gradient_of_input(gathered, base)
-        kept = mask.keep_(product(inner, small_A, factor))
+        kept = mask.keep_(self.products.project(inner, small_A.t(), factor))
         return grad_A, kept if gathered is None else kept.add_(gathered)
 
 

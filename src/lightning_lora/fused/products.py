@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Base = tuple[Tensor, Tensor]
+PLAIN_TENSORS = (Tensor, Parameter)
 
 
 class Products:
@@ -94,6 +96,14 @@ class Products:
 
 
 TORCH = Products()
+
+
+def is_zero(small_B: Tensor) -> bool:
+    """Whether an update has not begun: then a layer's output is to be the base's to the last bit, as torch computes it.
+
+    With a tensor that has no values, as in a plan of memory, it has begun.
+    """
+    return type(small_B) in PLAIN_TENSORS and not bool(small_B[:1, :1].any()) and not bool(small_B.any())
 
 
 def product(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.fused.dropout import Mask, WithMask
-from lightning_lora.fused.products import TORCH, Base, Products, product
+from lightning_lora.fused.products import TORCH, Base, Products
 
 _RARE = 0.07
 _PLACES = 2**26  # half of a 64-bit number hits each of them alike to within 1.6 %
@@ -76,7 +76,7 @@ class RareDropout(WithMask):
             return grad_A, None
         gathered = self.products.gradient_of_input(gathered, base)
         if gathered is None:
-            return grad_A, _fill(product(inner, small_A, factor), places)
+            return grad_A, _fill(self.products.project(inner, small_A.t(), factor), places)
         gathered = gathered.contiguous()
         flat = gathered.view(-1)
         spared = flat.index_select(0, places)
