@@ -231,8 +231,20 @@ def test_a_factor_that_changes_between_two_backward_passes_is_noticed():
     k.sum().backward(retain_graph=True)
     with torch.no_grad():
         block.q.adapters["default"].lora_B.mul_(2)
-    with pytest.raises(RuntimeError, match="changed in place between two backward passes"):
+    with pytest.raises(RuntimeError, match="lora_B was changed in place"):
         q.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_factor_that_changes_before_the_backward_pass_is_noticed_where_it_is_used(name, factor):
+    block, x = net(depth=1)[0], batch()
+    outputs = {name: getattr(block, name)(x) for name in "qkv"}
+    with torch.no_grad():
+        getattr(block.get_submodule(name).adapters["default"], factor).mul_(2)
+    outputs["v"].sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="lora_B was changed in place"):
+        outputs[name].sum().backward()
 
 
 def test_a_part_whose_graph_is_freed_has_no_second_backward_pass():

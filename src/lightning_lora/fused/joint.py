@@ -150,7 +150,7 @@ class _Follower(torch.autograd.Function):
         dtype = input.dtype
         small_B = lora_B.to(dtype)
         weight, make_weight = weight_or_maker(frozen)
-        ctx.save_for_backward(hidden, weight, small_B)
+        ctx.save_for_backward(hidden, weight)
         ctx.settings = products, make_weight, lora_B, lora_B._version, input.shape, dtype
         ctx.set_materialize_grads(False)
         output = output_of(deferred, input, frozen, hidden, small_B, products)
@@ -160,13 +160,11 @@ class _Follower(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, passed_on: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return None, passed_on, *(None,) * 5
-        hidden, weight, small_B = ctx.saved_tensors
+        hidden, weight = ctx.saved_tensors
         products, make_weight, lora_B, version, shape, dtype = ctx.settings
-        gradient = rows(grad_output).to(dtype)
-        if torch.is_grad_enabled():
-            if lora_B._version != version:
-                raise RuntimeError("lora_B was changed in place, and a derivative of the gradient needs it as it was.")
-            small_B = lora_B.to(dtype)
+        if lora_B._version != version:
+            raise RuntimeError("lora_B was changed in place, and the gradients need it as it was.")
+        gradient, small_B = rows(grad_output).to(dtype), lora_B.to(dtype)
         _, needs_input, needs_hidden, needs_B, *_ = ctx.needs_input_grad
         inner, grad_B = products.gradients_of_update(
             gradient, small_B, hidden=hidden if needs_B else None, like=lora_B, to_hidden=needs_hidden

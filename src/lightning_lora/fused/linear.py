@@ -165,11 +165,10 @@ class LoRALinear(torch.autograd.Function):
         hidden = drop.project(rows(input), small_A, factor)
         own = hidden if uses is None else hidden[:, : len(lora_As[0])]
         weight, make_weight = weight_or_maker(frozen)
-        ctx.save_for_backward(input if lora_As[0].requires_grad else None, own, weight, small_A, small_B)
-        # For second derivatives. Not saved, since a copy is all that the first ones need, and the A of a layer that is
-        # not called in the end may be changed.
+        ctx.save_for_backward(input if lora_As[0].requires_grad else None, own, weight)
+        # Not saved, since the A of a layer that is not called in the end may be changed; cast again, which is exact.
         ctx.trained, ctx.versions = (*lora_As, lora_B), versions_of((*lora_As, lora_B))
-        ctx.settings = make_weight, factors, factor, drop, uses, input.shape, dtype
+        ctx.settings = make_weight, factors, drop, uses, input.shape, dtype
         ctx.set_materialize_grads(False)
         output = output_of(deferred, input, frozen, own, small_B, drop.products)
         if uses is None:
@@ -183,7 +182,7 @@ class LoRALinear(torch.autograd.Function):
         ctx: Any, grad_output: Tensor | None, passed_on: Tensor | None = None, *inners: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """The gradients of the input and of what trains; layers that were not called in the end have none."""
-        make_weight, factors, factor, drop, uses, shape, dtype = ctx.settings
+        make_weight, factors, drop, uses, shape, dtype = ctx.settings
         *lora_As, lora_B = ctx.trained
         gradients = [grad_output, *inners]
         used = [index for index, gradient in enumerate(gradients) if gradient is not None]
@@ -191,12 +190,11 @@ class LoRALinear(torch.autograd.Function):
             uses.ended = True
         if not used:
             return None, passed_on, *(None,) * (5 + len(lora_As))
-        input, hidden, weight, small_A, small_B = _saved(ctx, uses, used)
+        input, hidden, weight = _saved(ctx, uses, used)
         _, needs_input, needs_B, *_ = ctx.needs_input_grad
+        small_A, factor, small_B = _cast_again(ctx, used)
         if torch.is_grad_enabled():
-            hidden, small_A, small_B, factor = _differentiable(ctx, used, input)
-        elif len(used) < len(lora_As):
-            small_A = _joined(torch.split(small_A, [len(lora_A) for lora_A in lora_As]), used, dim=0)
+            hidden = _differentiable(ctx, used, input, small_A, factor)
         to_inner = needs_input or input is not None
         grad_A = grad_B = grad_input = None
         base, factor_A = None, factor
@@ -268,20 +266,24 @@ def _saved(ctx: Any, uses: Uses | None, used: list[int]) -> Any:
     return saved
 
 
-def _differentiable(ctx: Any, used: list[int], input: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor, float]:
-    """What was saved for the used layers, as functions of the tensors that it depends on, for ``create_graph=True``."""
+def _cast_again(ctx: Any, used: list[int]) -> tuple[Tensor, float, Tensor]:
+    """The stacked A of the used layers, the factor that is left, and B: to the bits of the forward pass, or refused."""
+    _, factors, *_, dtype = ctx.settings
+    needed = [*used, -1] if used[0] == 0 else used
+    if versions_of(ctx.trained[index] for index in needed) != [ctx.versions[index] for index in needed]:
+        raise RuntimeError("lora_A or lora_B was changed in place, and the gradients need it as it was.")
+    small_A, factor = _stacked([ctx.trained[index] for index in used], [factors[index] for index in used], dtype)
+    return small_A, factor, ctx.trained[-1].to(dtype)
+
+
+def _differentiable(ctx: Any, used: list[int], input: Tensor | None, small_A: Tensor, factor: float) -> Tensor | None:
+    """The product with the own A as a function of what it depends on, for ``create_graph=True``."""
     if input is None:
         raise RuntimeError("lora_linear keeps no input for a frozen lora_A, and has no second derivative without it.")
-    _, factors, _, drop, _, _, dtype = ctx.settings
-    own = used[0] == 0
-    needed = [*used, -1] if own else used
-    if versions_of(ctx.trained[index] for index in needed) != [ctx.versions[index] for index in needed]:
-        raise RuntimeError(
-            "lora_A or lora_B was changed in place, and a derivative of the gradient needs it as it was."
-        )
-    small_A, factor = _stacked([ctx.trained[index] for index in used], [factors[index] for index in used], dtype)
-    hidden = drop.project(rows(input), small_A[: len(ctx.trained[0])], factor) if own else None
-    return hidden, small_A, ctx.trained[-1].to(dtype), factor
+    if used[0] != 0:
+        return None
+    drop: Dropout = ctx.settings[2]
+    return drop.project(rows(input), small_A[: len(ctx.trained[0])], factor)
 
 
 def _joined(tensors: Sequence[Tensor | None], used: list[int], *, dim: int) -> Tensor:
