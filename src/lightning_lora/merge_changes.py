@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import torch
@@ -19,7 +21,8 @@ from lightning_lora.targets.patterns import canonical
 
 def base_sums(module: nn.Module, record: Record) -> dict[str, tuple[torch.dtype, int]]:
     """Dtype and checksum of every parameter of a merged module that no adapter-only file holds."""
-    return {name: (p.dtype, _checksum(p)) for name, p in survey(module).base(record).items()}
+    live = survey(module).base(record)
+    return {name: (p.dtype, found) for (name, p), found in zip(live.items(), _checksums(live.values()), strict=True)}
 
 
 def changed_since_merge(module: nn.Module) -> set[str]:
@@ -33,11 +36,13 @@ def changed_since_merge(module: nn.Module) -> set[str]:
     assert record.merged is not None
     merged, live = record.merged, survey(module).base(record)
     layers = {weight_of(name): name for name in merged.weights or ()}
+    known = [name for name in live if name in merged.sums]
+    of_same_dtype = [name for name in known if live[name].dtype == merged.sums[name][0]]
+    sums = dict(zip(of_same_dtype, _checksums(live[name] for name in of_same_dtype), strict=True))
     changed = set(live) ^ set(merged.sums)
-    for name in set(live) - changed:
-        dtype, sum_then = merged.sums[name]
-        if live[name].dtype == dtype:
-            same = _checksum(live[name]) == sum_then
+    for name in known:
+        if name in sums:
+            same = sums[name] == merged.sums[name][1]
         else:
             same = name in layers and _is_merge_cast(module, merged, layers[name], live[name])
         if not same:
@@ -61,6 +66,12 @@ def _is_merge_cast(module: nn.Module, merged: MergedState, name: str, weight: Te
 def weight_of(layer: str) -> str:
     """Canonical name of the weight of the layer called ``layer``."""
     return canonical(f"{layer}.weight" if layer else "weight")
+
+
+def _checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """Of each tensor, side by side: zlib lets other threads run meanwhile."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return list(threads.map(_checksum, tensors))
 
 
 def _checksum(tensor: Tensor) -> int:

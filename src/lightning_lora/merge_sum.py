@@ -64,7 +64,10 @@ def _fold_rows(
     """Write some rows of ``stored``, and return the three norms of them."""
     weight = base[rows].to(torch.promote_types(torch.float32, base.dtype))
     update = update_of(adapters, weight, rows)
-    stored[rows] = weight + update if instead is None else instead[rows]
+    if instead is None:
+        torch.add(weight, update, out=stored[rows])
+    else:
+        stored[rows] = instead[rows]
     # The difference of two close floating-point numbers is exact (Sterbenz), so fp32 shows the rounding of fp32.
     error = (stored[rows].to(weight.dtype) - weight).sub_(update)
     return [torch.linalg.vector_norm(values) for values in (weight, update, error)]
