@@ -24,8 +24,7 @@ from safetensors.torch import save_file
 
 from benchmarks import record
 from lightning_lora import MergeConfig, MergeReport, load_from_checkpoint, merge_adapters, unmerge_adapters
-from lightning_lora.merge_bases import BASES
-from lightning_lora.merge_proof import measure_merge
+from lightning_lora.merging import BASES, measure_merge
 from lightning_lora.sft import CompanyMessages, SFTModule
 
 

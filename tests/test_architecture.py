@@ -39,14 +39,7 @@ GROUPS = (
     ("injection", "originals"),
     (
         "checkpoint",
-        "merge",
-        "merge_bases",
-        "merge_changes",
-        "merge_config",
-        "merge_for_good",
-        "merge_proof",
-        "merge_report",
-        "merge_sum",
+        "merging",
         "export",
         "hyperparameters",
         "optimizers",
@@ -73,7 +66,7 @@ GROUPS = (
 LIGHTNING = {*GROUPS[7], "sft", "app"}
 OPTIONAL = {
     "huggingface_hub": {"weight_files"},
-    "transformers": {"fresh", "export", "liger", "merge", "planning", "targets", "sft"},
+    "transformers": {"fresh", "export", "liger", "merging", "planning", "targets", "sft"},
     "triton": {"fused"},
     "liger_kernel": {"liger"},
     "hydra": {"app"},

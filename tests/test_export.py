@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from lightning_lora import LoRAConfig, MergeConfig, MergeError, inject_adapters, merge_adapters
 from lightning_lora.adapter import Adapter
-from lightning_lora.export import merged_state_dict, write_folder, write_merged, write_report
+from lightning_lora.export import merged_state_dict, unused_folder, write_folder, write_merged, write_report
 from lightning_lora.layers import AdaptedLayer
 from tests.conftest import TinyModule
 from tests.targets.architectures import build
@@ -238,3 +238,11 @@ def test_weights_that_a_state_dict_hook_renames_are_refused_not_written_unmerged
     with pytest.raises(MergeError, match=r"not in the module's state dict, such as 'backbone\.0\.adapters"):
         write_merged(module, tmp_path / "merged", MergeConfig(), make_checkpoint=bare)
     assert names(tmp_path) == []
+
+
+def test_an_unused_folder_is_never_one_that_exists(tmp_path: Any) -> None:
+    assert unused_folder(tmp_path / "merged") == tmp_path / "merged"
+    (tmp_path / "merged").mkdir()
+    assert unused_folder(tmp_path / "merged") == tmp_path / "merged-v1"
+    (tmp_path / "merged-v1").write_text("a file is in the way, too")
+    assert unused_folder(tmp_path / "merged") == tmp_path / "merged-v2"

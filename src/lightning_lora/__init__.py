@@ -24,9 +24,14 @@ from lightning_lora.injection import disable_adapters, inject_adapters, remove_a
 from lightning_lora.liger import LigerKernels
 from lightning_lora.load import load_from_checkpoint
 from lightning_lora.lora import LoRAConfig
-from lightning_lora.merge import merge_adapters, unmerge_adapters
-from lightning_lora.merge_config import MergeConfig
-from lightning_lora.merge_report import MergedLayer, MergeReport, OutputDifference
+from lightning_lora.merging import (
+    MergeConfig,
+    MergedLayer,
+    MergeReport,
+    OutputDifference,
+    merge_adapters,
+    unmerge_adapters,
+)
 from lightning_lora.optimizer_swap import OptimizerConfig
 from lightning_lora.planning import MemoryPlan, TokenBatch, plan_memory
 from lightning_lora.quantization.config import QuantizationConfig

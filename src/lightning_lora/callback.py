@@ -36,10 +36,7 @@ from lightning_lora.layers import adapted_layers, drop_cast_copies
 from lightning_lora.lightning_names import is_a
 from lightning_lora.lora import LoRAConfig
 from lightning_lora.memory_log import MemoryLog
-from lightning_lora.merge import is_merged, unmerge_adapters
-from lightning_lora.merge_bases import original_weights
-from lightning_lora.merge_config import MergeConfig
-from lightning_lora.merge_report import MergeReport
+from lightning_lora.merging import MergeConfig, MergeReport, is_merged, original_weights, unmerge_adapters
 from lightning_lora.optimizer_swap import OptimizerConfig, as_optimizer_config, swap_optimizers
 from lightning_lora.optimizers import fuse_adamw, prune_frozen, require_matching_state, require_trainable
 from lightning_lora.planning import MemoryPlan

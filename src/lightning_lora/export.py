@@ -21,10 +21,7 @@ from lightning_lora.checkpoint import adapter_keys
 from lightning_lora.dense_models import declare_dense
 from lightning_lora.errors import LightningLoRAError, MergeError
 from lightning_lora.fresh import is_pretrained_model
-from lightning_lora.merge import unused_folder
-from lightning_lora.merge_config import MergeConfig
-from lightning_lora.merge_proof import merged_weights, plain_weights
-from lightning_lora.merge_report import MergeReport, Norms
+from lightning_lora.merging import MergeConfig, MergeReport, Norms, merged_weights, plain_weights
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.targets.patterns import canonical
 
@@ -200,3 +197,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def unused_folder(path: Path) -> Path:
+    """``path``, or the first of ``path-v1``, ``path-v2``, ... where nothing is yet."""
+    candidate, version = path, 0
+    while candidate.exists():
+        version += 1
+        candidate = path.with_name(f"{path.name}-v{version}")
+    return candidate

@@ -25,10 +25,15 @@ from lightning_lora.hyperparameters import make_hyperparameters_plain
 from lightning_lora.injection import disable_adapters
 from lightning_lora.layers import adapted_layers
 from lightning_lora.lightning_names import is_a
-from lightning_lora.merge import is_merged, merge_adapters, unmerge_adapters
-from lightning_lora.merge_config import MergeConfig
-from lightning_lora.merge_proof import measure_merge
-from lightning_lora.merge_report import MergeReport, OutputDifference
+from lightning_lora.merging import (
+    MergeConfig,
+    MergeReport,
+    OutputDifference,
+    is_merged,
+    measure_merge,
+    merge_adapters,
+    unmerge_adapters,
+)
 from lightning_lora.sample import SampleCall, agree, comparable, difference, rounding
 from lightning_lora.targets.patterns import canonical
 

@@ -22,8 +22,7 @@ from lightning_lora.errors import CheckpointError, MergeError
 from lightning_lora.guards import require_equal_bases
 from lightning_lora.hyperparameters import make_hyperparameters_plain
 from lightning_lora.injection import withdraw_incomplete
-from lightning_lora.merge import is_merged, unmerge_for_now
-from lightning_lora.merge_changes import changed_since_merge
+from lightning_lora.merging import changed_since_merge, is_merged, unmerge_for_now
 from lightning_lora.patches import is_patched, original, patch, unpatch
 from lightning_lora.random_state import random_state
 from lightning_lora.record import Record, find_record

@@ -17,7 +17,7 @@ from lightning_lora import (
     inject_adapters,
     remove_adapters,
 )
-from lightning_lora.merge import is_merged
+from lightning_lora.merging import is_merged
 from tests.conftest import TinyModule, make_loader
 from tests.hazards.runs import fit, is_adapter_only, lora, metric
 from tests.states import base_of, same

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora.merge_sum import Folded
+from lightning_lora.merging.block_sum import Folded
 
 if TYPE_CHECKING:
     from rich.console import Group

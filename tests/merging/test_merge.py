@@ -32,8 +32,7 @@ from lightning_lora import (
 )
 from lightning_lora.adapter import Adapter
 from lightning_lora.layers import AdaptedConv1D, detach_adapters
-from lightning_lora.merge import is_merged, unused_folder
-from lightning_lora.merge_proof import measure_merge
+from lightning_lora.merging import is_merged, measure_merge
 from tests.targets.architectures import build
 
 
@@ -319,14 +318,6 @@ def test_real_architectures_merge_and_unmerge(name: str) -> None:
     assert same(dict(model.state_dict()), dict(original))
 
 
-def test_an_unused_folder_is_never_one_that_exists(tmp_path: Any) -> None:
-    assert unused_folder(tmp_path / "merged") == tmp_path / "merged"
-    (tmp_path / "merged").mkdir()
-    assert unused_folder(tmp_path / "merged") == tmp_path / "merged-v1"
-    (tmp_path / "merged-v1").write_text("a file is in the way, too")
-    assert unused_folder(tmp_path / "merged") == tmp_path / "merged-v2"
-
-
 def test_weights_loaded_after_a_merge_are_not_thrown_away_by_an_unmerge() -> None:
     net = adapted()
     merge_adapters(net)
@@ -465,7 +456,7 @@ def test_a_merge_that_is_interrupted_when_all_weights_are_merged_is_taken_back(m
     net = adapted()
     before = bits(net)
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_lora.merge.base_sums", interrupted)
+        patch.setattr("lightning_lora.merging.merge.base_sums", interrupted)
         with pytest.raises(KeyboardInterrupt):
             merge_adapters(net)
     assert same(bits(net), before)
@@ -526,7 +517,7 @@ def interrupts(handler: Any, patch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
         return detach_adapters(layer)
 
-    patch.setattr("lightning_lora.merge_for_good.detach_adapters", interrupted)
+    patch.setattr("lightning_lora.merging.for_good.detach_adapters", interrupted)
     previous = signal.signal(signal.SIGINT, handler)
     try:
         yield

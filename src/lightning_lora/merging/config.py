@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_lora.merge_bases import BASES
+from lightning_lora.merging.bases import BASES
 
 SOURCES = ("last", "best")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_lora.adapter import Adapter
 from lightning_lora.fingerprint import survey
 from lightning_lora.layers import host_of
-from lightning_lora.merge_sum import fold_in
+from lightning_lora.merging.block_sum import fold_in
 from lightning_lora.originals import bits
 from lightning_lora.record import MergedState, Record, find_record
 from lightning_lora.targets.patterns import canonical

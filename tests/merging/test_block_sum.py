@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from benchmarks.memory import alive_bytes, peak_bytes
-from lightning_lora import LoRAConfig, MergeConfig, inject_adapters, merge_adapters, merge_sum
+from lightning_lora import LoRAConfig, MergeConfig, inject_adapters, merge_adapters
 from lightning_lora.layers import update_of
 from lightning_lora.lora import LoRAAdapter
-from lightning_lora.merge_sum import fold_in
+from lightning_lora.merging import block_sum
+from lightning_lora.merging.block_sum import fold_in
 
 MIB = 2**20
 
@@ -40,7 +41,7 @@ def draw(*modules: nn.Module) -> None:
 def test_blocks_give_what_the_whole_gives(shape, dtype, stored, transposed, monkeypatch):
     base, adapters = weight_and_adapters(*shape, dtype)
     base = base.t().contiguous().t() if transposed else base
-    monkeypatch.setattr(merge_sum, "_BLOCK", 32)
+    monkeypatch.setattr(block_sum, "_BLOCK", 32)
     found = fold_in(adapters, base, stored)
     exact = base.to(torch.promote_types(torch.float32, dtype))
     update = update_of(adapters, exact)
@@ -66,7 +67,7 @@ def test_what_is_stored_instead_is_what_the_error_is_of():
 def test_one_value_that_is_not_finite_shows(value, where, monkeypatch):
     base, adapters = weight_and_adapters(40, 4, torch.float32)
     base[where, 0] = value
-    monkeypatch.setattr(merge_sum, "_BLOCK", 32)
+    monkeypatch.setattr(block_sum, "_BLOCK", 32)
     assert not fold_in(adapters, base, torch.float32).is_finite
 
 

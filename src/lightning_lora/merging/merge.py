@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import nn
 
@@ -18,11 +17,11 @@ from lightning_lora.frozen import keep_base_as_is
 from lightning_lora.injection import thaw
 from lightning_lora.kept_weights import put_back, replace_weight, snapshot
 from lightning_lora.layers import AdaptedLayer, adapted_layers, detach_adapters, note_siblings, reattach_adapters
-from lightning_lora.merge_changes import base_sums, changed_since_merge, weight_of
-from lightning_lora.merge_config import MergeConfig
-from lightning_lora.merge_for_good import merge_for_good
-from lightning_lora.merge_proof import judge, live_record, plain_weights, proved_weights
-from lightning_lora.merge_report import MergeReport, Norms
+from lightning_lora.merging.changes import base_sums, changed_since_merge, weight_of
+from lightning_lora.merging.config import MergeConfig
+from lightning_lora.merging.for_good import merge_for_good
+from lightning_lora.merging.proof import judge, live_record, plain_weights, proved_weights
+from lightning_lora.merging.report import MergeReport, Norms
 from lightning_lora.record import MergedState, Record, find_record
 from lightning_lora.targets.patterns import canonical
 
@@ -162,12 +161,3 @@ def _freeze_again(module: nn.Module, record: Record) -> None:
         elif canonical(key) in record.was_frozen:
             parameter.requires_grad_(True)
     keep_base_as_is(module, saved=record.saved)
-
-
-def unused_folder(path: Path) -> Path:
-    """``path``, or the first of ``path-v1``, ``path-v2``, ... where nothing is yet."""
-    candidate, version = path, 0
-    while candidate.exists():
-        version += 1
-        candidate = path.with_name(f"{path.name}-v{version}")
-    return candidate

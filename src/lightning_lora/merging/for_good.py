@@ -14,9 +14,9 @@ from lightning_lora.errors import LightningLoRAError
 from lightning_lora.injection import thaw
 from lightning_lora.kept_weights import replace_weight
 from lightning_lora.layers import detach_adapters, reattach_adapters
-from lightning_lora.merge_config import MergeConfig
-from lightning_lora.merge_proof import MergedWeight, measure_merge, merged_weights, plain_weights
-from lightning_lora.merge_report import MergeReport
+from lightning_lora.merging.config import MergeConfig
+from lightning_lora.merging.proof import MergedWeight, measure_merge, merged_weights, plain_weights
+from lightning_lora.merging.report import MergeReport
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.record import MergedState, Record
 

@@ -14,10 +14,10 @@ from lightning_lora.class_swap import original_class
 from lightning_lora.errors import MergeError
 from lightning_lora.kept_weights import KeptWeight, replace_codes, replace_weight
 from lightning_lora.layers import AdaptedLayer, adapted_layers
-from lightning_lora.merge_bases import Layer, live_weight, original_weights
-from lightning_lora.merge_config import MergeConfig
-from lightning_lora.merge_report import MergeReport, Norms
-from lightning_lora.merge_sum import fold_in
+from lightning_lora.merging.bases import Layer, live_weight, original_weights
+from lightning_lora.merging.block_sum import fold_in
+from lightning_lora.merging.config import MergeConfig
+from lightning_lora.merging.report import MergeReport, Norms
 from lightning_lora.quantization.conversion import settings_of
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.record import Record, find_record
