@@ -40,7 +40,10 @@ def read(folder: Path = RECORDS) -> Iterator[Row]:
     for path in sorted(folder.glob("step-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for row in record["rows"]:
-            yield _row(row, saved, optimizer=record["settings"]["optimizer"])
+            emulated = row["case"]["precision"] != "fp32" and record["machine"]["cpu_capability"] == "AVX2"
+            optimizer = record["settings"]["optimizer"]
+            notes = ["on a CPU without bf16"] * emulated + ["with clipping and AdamW"] * optimizer
+            yield _row(row, saved, notes)
 
 
 def saved_shares(folder: Path = RECORDS) -> dict[models.Case, float]:
@@ -52,12 +55,12 @@ def saved_shares(folder: Path = RECORDS) -> dict[models.Case, float]:
     return shares
 
 
-def _row(row: dict[str, Any], saved: dict[models.Case, float], *, optimizer: bool) -> Row:
+def _row(row: dict[str, Any], saved: dict[models.Case, float], notes: Sequence[str]) -> Row:
     case, ratios, memory = models.Case(**row["case"]), row["ratios"], row["memory"]
     is_vision = isinstance(models.SHAPES[case.shape], models.VisionShape)
     known = {"ours_to_peft", "ours_to_peft_best", "ours_to_frozen", "peft_to_frozen"}
     return Row(
-        setting=setting(case) + (", with clipping and AdamW" if optimizer else ""),
+        setting=", ".join([setting(case), *notes]),
         shape=f"{case.shape}, {case.batch}" if is_vision else f"{case.shape}, {case.batch} x {case.length}",
         peft=ratios["ours_to_peft"],
         peft_best=ratios["ours_to_peft_best"]["median"],

@@ -36,10 +36,11 @@ class LoRAConfig(AdapterConfig):
         rank_stabilized: Scale by ``alpha / sqrt(rank)``.
         init: Of ``A``: ``"kaiming"`` (uniform within ``1 / sqrt(in_features)``, as the reference implementation) or
             ``"gaussian"`` (normal with standard deviation ``1 / rank``).
-        kernels: What computes the products: ``"torch"``, its own operations; ``"triton"``, kernels for those with
-            dropout, in which the mask never reaches memory, on CUDA; ``"amx"``, on a CPU with these instructions (Xeons
-            since 2023) those in bf16 whose features are multiples of 32, compiled by g++ where it runs. Each acts
-            where it can and is faster, else torch's operations do, and draws another mask from the same seed.
+        kernels: What computes the products: ``"torch"``, its own operations (for bf16 and fp16 in fp32 on an x86 CPU
+            without instructions for those); ``"triton"``, kernels for those with dropout, in which the mask never
+            reaches memory, on CUDA; ``"amx"``, on a CPU with these instructions (Xeons since 2023) those in bf16 whose
+            features are multiples of 32, compiled by g++ where it runs. Each acts where it can and is faster, else
+            torch's operations do, and draws another mask from the same seed.
 
     Raises:
         ValueError: For a value that has no meaning; the message names the field.
