@@ -131,6 +131,16 @@ def test_few_rows_are_multiplied_as_torch_does(few):
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("size", [(0, 24), (40, 0)], ids=str)
+def test_layers_without_outputs_or_inputs(size):
+    A, B = torch.zeros(4, size[1], requires_grad=True), torch.zeros(size[0], 4, requires_grad=True)
+    x = torch.ones(20, size[1], dtype=torch.bfloat16).requires_grad_()
+    output = lora_linear(x, Frozen(torch.ones(size, dtype=torch.bfloat16), None), A, B, scaling=1.5)
+    output.sum().backward()
+    assert output.shape == (20, size[0]) and not output.any()
+    assert [tensor.grad.shape for tensor in (x, A, B)] == [x.shape, A.shape, B.shape]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_before_the_first_step_outputs_are_the_bases_to_the_last_bit(bias):
     for width, out in ((64, 64), (512, 1376), (1376, 512)):

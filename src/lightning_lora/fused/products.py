@@ -103,7 +103,9 @@ def is_zero(small_B: Tensor) -> bool:
 
     With a tensor that has no values, as in a plan of memory, it has begun.
     """
-    return type(small_B) in PLAIN_TENSORS and not bool(small_B[:1, :1].any()) and not bool(small_B.any())
+    if type(small_B) not in PLAIN_TENSORS:
+        return False
+    return not small_B.numel() or (small_B[0, 0].item() == 0.0 and not bool(small_B.any()))
 
 
 def product(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
