@@ -25,6 +25,8 @@ from benchmarks import harness, models, record, training
 from lightning_lora import LoRAConfig, QuantizationConfig, inject_adapters
 from lightning_lora.device_memory import PeakMeter
 from lightning_lora.fused.draw import KERNELS, draw_dropout
+from lightning_lora.fused.dropout import Pull
+from lightning_lora.fused.products import Update
 from lightning_lora.planning import TokenBatch, plan_memory
 
 STEP = models.Case(shape="llama-7b-4-layers", precision="bf16", batch=4, length=2048)
@@ -98,7 +100,7 @@ def _kernel_passes(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Projection and both gradients by the kernels, and from the mask that they draw, in fp32."""
     drop = draw_dropout(0.05, like=x, kernels="triton")
-    grad_A, grad_input = drop.pull_back(inner, small_A, x=x, to_input=True, gathered=x.clone())
+    grad_A, grad_input = drop.pull_back(Pull(Update(inner, small_A), x, gathered=x.clone()))
     mask = drop.keep(torch.ones_like(x)).float()
     assert grad_A is not None
     assert grad_input is not None
@@ -117,7 +119,7 @@ def _passes(kernels: str, x: torch.Tensor, inner: torch.Tensor, small_A: torch.T
     def run() -> None:
         drop = draw_dropout(0.05, like=x, kernels=kernels)
         drop.project(x, small_A)
-        drop.pull_back(inner, small_A, x=x, to_input=True, gathered=gathered)
+        drop.pull_back(Pull(Update(inner, small_A), x, gathered=gathered))
 
     return run
 

@@ -23,8 +23,9 @@ from lightning_lora.fused import compiled
 from lightning_lora.fused import draw as draws
 from lightning_lora.fused.amx import AmxDropout, AmxProducts, fit
 from lightning_lora.fused.draw import draw_dropout, fixed_seed
-from lightning_lora.fused.dropout import WithMask
+from lightning_lora.fused.dropout import Pull, WithMask
 from lightning_lora.fused.linear import Frozen, lora_linear, reference
+from lightning_lora.fused.products import Update
 from tests.fused.derivatives import gradients
 from tests.fused.hardware import AMX, has_amx
 
@@ -92,13 +93,13 @@ def test_each_product_is_that_of_its_definition(shape, threads):
     out = torch.empty(tokens, out_width, dtype=torch.bfloat16)
     AMX.output(x, turned, None, hidden, B, out=out)
     assert close(out, xd @ Wd.T + hidden.double() @ Bd.T)
-    assert close(AMX.gradient_of_input(None, (gradient, turned), inner, A), (gd @ Wd) + inner.double() @ Ad)
+    assert close(AMX.gradient_of_input(None, (gradient, turned), Update(inner, A)), (gd @ Wd) + inner.double() @ Ad)
     frozen, update = gd @ Wd, inner.double() @ Ad
     for start, before in ((None, 0.0), (gathered, exact["gathered"])):
         begun = [None if start is None else start.clone() for _ in range(3)]
-        assert close(AMX.gradient_of_input(begun[0], (gradient, W), inner, A), before + frozen + update)
+        assert close(AMX.gradient_of_input(begun[0], (gradient, W), Update(inner, A)), before + frozen + update)
         assert close(AMX.gradient_of_input(begun[1], (gradient, W)), before + frozen)
-        assert close(AMX.gradient_of_input(begun[2], None, inner, A), before + update)
+        assert close(AMX.gradient_of_input(begun[2], None, Update(inner, A)), before + update)
     assert AMX.gradient_of_input(gathered, None) is gathered
 
 
@@ -117,13 +118,12 @@ def test_all_products_drop_by_the_mask(shape, threads):
     for given in (None, gathered):
         for below in (None, base):
             begun = None if given is None else given.clone()
-            grad_A, grad_input = drop.pull_back(
-                inner, small_A, x=x, factor_A=2.5, to_input=True, gathered=begun, base=below
-            )
+            pull = Pull(Update(inner, small_A), x, factor_A=2.5, gathered=begun, base=below)
+            grad_A, grad_input = drop.pull_back(pull)
             assert close(grad_A, 2.5 * inner.double().T @ (x.double() * mask), tolerance=1e-5)
             expected = added + (0 if given is None else given.double())
             assert close(grad_input, expected + (0 if below is None else base[0].double() @ base[1].double()))
-    assert drop.pull_back(inner, small_A, x=None, to_input=False) == (None, None)
+    assert drop.pull_back(Pull(Update(inner, small_A), to_input=False)) == (None, None)
     assert not drop.project(torch.full_like(x, float("nan")), small_A).isfinite().any()
 
 
@@ -284,10 +284,10 @@ def test_gradients_of_other_shapes_are_refused_by_torch():
         lambda: AMX.gradients_of_update(gradient, B, hidden=hidden[:9], like=like, to_hidden=True),
         lambda: AMX.gradient_of_input(None, (gradient[:, :64], W)),
         lambda: AMX.gradient_of_input(x, (gradient[:9], W)),
-        lambda: AMX.gradient_of_input(None, (gradient, W), hidden, A[:, :32]),
-        lambda: AMX.gradient_of_input(None, (gradient, W), hidden[:9], A),
-        lambda: AMX.gradient_of_input(None, None, hidden, A[:4]),
-        lambda: AMX.gradient_of_input(x, None, hidden, A[:, :32]),
+        lambda: AMX.gradient_of_input(None, (gradient, W), Update(hidden, A[:, :32])),
+        lambda: AMX.gradient_of_input(None, (gradient, W), Update(hidden[:9], A)),
+        lambda: AMX.gradient_of_input(None, None, Update(hidden, A[:4])),
+        lambda: AMX.gradient_of_input(x, None, Update(hidden, A[:, :32])),
     ):
         with pytest.raises(RuntimeError, match=r"shape|size"):
             call()

@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from lightning_lora import LoRAConfig, MissingDependencyError, inject_adapters
 from lightning_lora.fused import lead, lora_linear
 from lightning_lora.fused.draw import draw_dropout
-from lightning_lora.fused.dropout import MaskedDropout
+from lightning_lora.fused.dropout import MaskedDropout, Pull
 from lightning_lora.fused.linear import Frozen, reference
 from tests.fused.derivatives import gradients
 
 pytest.importorskip("triton", reason="triton is not installed (it is for Linux alone)")
 from lightning_lora.fused.kernels import KernelDropout
+from lightning_lora.fused.products import Update
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {torch.float32: 1e-5, torch.float16: 5e-3} | ({torch.bfloat16: 2e-2} if DEVICE == "cuda" else {})
@@ -46,12 +47,12 @@ def test_each_kernel_computes_its_definition(dtype, shape):
     inner, gathered = draw(tokens, rank, seed=3, dtype=dtype), draw(tokens, width, seed=4, dtype=dtype)
     mask = drop.mask(x.shape, x).keep(torch.ones_like(x)).float()
     assert close(drop.project(x, small_A), (x.float() * mask) @ small_A.float().T, dtype)
-    grad_A, grad_input = drop.pull_back(inner, small_A, x=x, to_input=True, gathered=gathered.clone())
+    grad_A, grad_input = drop.pull_back(Pull(Update(inner, small_A), x, gathered=gathered.clone()))
     assert grad_A.dtype == torch.float32
     assert close(grad_A, inner.float().T @ (x.float() * mask), dtype)
     added = (inner.float() @ small_A.float()) * mask
     assert close(grad_input, gathered.float() + added, dtype)
-    assert close(drop.pull_back(inner, small_A, x=None, to_input=True)[1], added, dtype)
+    assert close(drop.pull_back(Pull(Update(inner, small_A)))[1], added, dtype)
 
 
 def test_a_mask_depends_on_the_seed_and_the_place_alone():

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.fused.draw import draw_dropout
-from lightning_lora.fused.dropout import Dropout, MaskedDropout
+from lightning_lora.fused.dropout import Dropout, MaskedDropout, Pull
 from lightning_lora.fused.linear import Frozen, lora_linear, reference
+from lightning_lora.fused.products import Update
 from lightning_lora.fused.rare_dropout import RareDropout
 
 IN, OUT, RANK, SCALING = 24, 40, 4, 1.5
@@ -241,13 +242,8 @@ def test_places_that_are_drawn_make_the_mask_that_each_product_drops_by():
     for strided in (x, draw(33, 64, seed=1).t(), draw(64, 66, seed=1)[:, ::2]):
         torch.testing.assert_close(drop.project(strided, small_A, 1.5), 1.5 * (strided * kept) @ small_A.T)
         for given in (None, gathered):
-            found = drop.pull_back(
-                *(inner, small_A, 1.5),
-                x=strided,
-                factor_A=2.5,
-                to_input=True,
-                gathered=None if given is None else given.clone(),
-            )
+            begun = None if given is None else given.clone()
+            found = drop.pull_back(Pull(Update(inner, small_A, 1.5), strided, factor_A=2.5, gathered=begun))
             added = 1.5 * (inner @ small_A) * kept
             torch.testing.assert_close(found[0], 2.5 * inner.T @ (strided * kept))
             torch.testing.assert_close(found[1], added if given is None else given + added)

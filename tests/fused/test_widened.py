@@ -14,7 +14,7 @@ from lightning_lora.fused import draw as draws
 from lightning_lora.fused import widened
 from lightning_lora.fused.draw import draw_dropout
 from lightning_lora.fused.linear import Frozen, lora_linear, reference
-from lightning_lora.fused.products import TORCH
+from lightning_lora.fused.products import TORCH, Update
 from lightning_lora.fused.widened import WIDENED, is_emulated
 from tests.fused.derivatives import gradients
 
@@ -75,7 +75,7 @@ def test_each_product_is_that_of_its_definition_rounded_once(shape, dtype):
     for start, begun in ((None, 0.0), (gathered, gatheredd)):
         for base, below in ((None, 0.0), ((gradient, W), gd @ Wd)):
             own = None if start is None else start.clone()
-            gathered_too = WIDENED.gradient_of_input(own, base, inner, A, 1.5)
+            gathered_too = WIDENED.gradient_of_input(own, base, Update(inner, A, 1.5))
             assert rounded(gathered_too, begun + below + 1.5 * innerd @ Ad)
             assert own is None or gathered_too is own
     assert rounded(WIDENED.gradient_of_input(None, (gradient, W)), gd @ Wd)
@@ -198,7 +198,7 @@ def test_what_is_copied_at_a_time_does_not_grow_with_the_matrices(monkeypatch):
         x, W, gradient = (draw(*size, seed=1, dtype=dtype) for size in ((1024, 128), (2048, 128), (1024, 2048)))
         A, B, hidden = (draw(*size, seed=2, dtype=dtype) for size in ((4, 128), (2048, 4), (1024, 4)))
         WIDENED.output(x, W, None, hidden, B, out=torch.empty(1024, 2048, dtype=dtype))
-        WIDENED.gradient_of_input(None, (gradient[:, :128], W[:128]), hidden, A)
+        WIDENED.gradient_of_input(None, (gradient[:, :128], W[:128]), Update(hidden, A))
         WIDENED.gradients_of_update(gradient[:, :128], B[:128], hidden=hidden, like=torch.empty(128, 4), to_hidden=True)
     assert len(largest) > 30 and max(largest) <= 256 * 256
 

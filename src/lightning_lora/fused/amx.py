@@ -18,8 +18,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.fused.compiled import load_compiled
-from lightning_lora.fused.dropout import Mask, WithMask
-from lightning_lora.fused.products import PLAIN_TENSORS, Base, Products, add_product, is_zero
+from lightning_lora.fused.dropout import Mask, Pull, WithMask
+from lightning_lora.fused.products import PLAIN_TENSORS, Base, Products, Update, add_product, is_zero
 
 _FLAGS = "-std=c++17 -O3 -fopenmp -mavx512f -mavx512bw -mavx512vl -mavx512bf16 -mvaes -mamx-tile -mamx-bf16"
 _NEEDED = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "vaes"}
@@ -148,17 +148,13 @@ class AmxProducts(Products):
 
     @override
     def gradient_of_input(
-        self,
-        gathered: Tensor | None,
-        base: Base | None,
-        inner: Tensor | None = None,
-        small_A: Tensor | None = None,
-        factor: float = 1.0,
+        self, gathered: Tensor | None, base: Base | None, update: Update | None = None
     ) -> Tensor | None:
-        if inner is None or small_A is None:
+        if update is None:
             return self.sum_kept(gathered, base, None, _KEEP_ALL)
+        inner, small_A, factor = update
         if factor != 1.0 or not fit_update(gathered, inner, small_A):
-            return super().gradient_of_input(gathered, base, inner, small_A, factor)
+            return super().gradient_of_input(gathered, base, update)
         return self.sum_kept(gathered, base, (inner, small_A), _KEEP_ALL)
 
     def sum_kept(
@@ -217,23 +213,11 @@ class AmxDropout(WithMask):
         return self._amx.project_kept(x, small_A, self._mask)
 
     @override
-    def pull_back(
-        self,
-        inner: Tensor,
-        small_A: Tensor,
-        factor: float = 1.0,
-        *,
-        x: Tensor | None,
-        factor_A: float = 1.0,
-        to_input: bool,
-        gathered: Tensor | None = None,
-        base: Base | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def pull_back(self, pull: Pull) -> tuple[Tensor | None, Tensor | None]:
+        (inner, small_A, factor), x, factor_A, to_input, gathered, base = pull
         fits = fit_update(gathered, inner, small_A) and (x is None or (len(x) == len(inner) and fit(x)))
         if factor != 1.0 or not fits:
-            return super().pull_back(
-                inner, small_A, factor, x=x, factor_A=factor_A, to_input=to_input, gathered=gathered, base=base
-            )
+            return super().pull_back(pull)
         grad_A = None if x is None else self._amx.gradient_of_first_kept(inner, x, factor_A, self._mask)
         if not to_input:
             return grad_A, None

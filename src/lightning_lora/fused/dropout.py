@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.fused.products import TORCH, Base, Products
+from lightning_lora.fused.products import TORCH, Base, Products, Update
 
 LEVELS = 256  # of a byte
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -42,6 +42,26 @@ class Mask(NamedTuple):
         return values
 
 
+class Pull(NamedTuple):
+    """The gradient of a projection, and where it goes.
+
+    Attributes:
+        update: The gradient with the A of the projection and its factor.
+        x: ``(tokens, in_features)``, if the gradient of A is wanted.
+        factor_A: Of the gradient of A.
+        to_input: Whether the gradient of the input is wanted.
+        gathered: What that is added to, see :meth:`~lightning_lora.fused.products.Products.gradient_of_input`.
+        base: What is added, too: gradient and weight of the frozen part.
+    """
+
+    update: Update
+    x: Tensor | None = None
+    factor_A: float = 1.0
+    to_input: bool = True
+    gathered: Tensor | None = None
+    base: Base | None = None
+
+
 class Dropout:
     """One draw of dropout: here of none, everything is kept.
 
@@ -63,35 +83,15 @@ class Dropout:
         """``factor keep(x) A^T``, see :meth:`~lightning_lora.fused.products.Products.project`."""
         return self.products.project(self.keep(x), small_A, factor)
 
-    def pull_back(
-        self,
-        inner: Tensor,
-        small_A: Tensor,
-        factor: float = 1.0,
-        *,
-        x: Tensor | None,
-        factor_A: float = 1.0,
-        to_input: bool,
-        gathered: Tensor | None = None,
-        base: Base | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def pull_back(self, pull: Pull) -> tuple[Tensor | None, Tensor | None]:
         """The gradients that the gradient of a projection gives.
 
-        Args:
-            inner: ``(tokens, rank)``: of the projection.
-            small_A: ``(rank, in_features)``.
-            factor: Of the projection.
-            x: ``(tokens, in_features)``, if the gradient of A is wanted.
-            factor_A: Of the gradient of A.
-            to_input: Whether the gradient of the input is wanted.
-            gathered: What this is added to, see :meth:`~lightning_lora.fused.products.Products.gradient_of_input`.
-            base: What is added, too: gradient and weight of the frozen part.
-
         Returns:
-            ``factor_A inner^T keep(x)`` and ``gathered + gradient W + factor keep(inner A)``.
+            Of A, ``factor_A inner^T keep(x)``, and of the input, ``gathered + gradient W + factor keep(inner A)``.
         """
-        grad_A = None if x is None else self.products.gradient_of_first(inner, x, factor_A)
-        return grad_A, self.products.gradient_of_input(gathered, base, inner, small_A, factor) if to_input else None
+        update, x, factor_A, to_input, gathered, base = pull
+        grad_A = None if x is None else self.products.gradient_of_first(update.inner, x, factor_A)
+        return grad_A, self.products.gradient_of_input(gathered, base, update) if to_input else None
 
 
 class WithMask(Dropout, ABC):
@@ -106,18 +106,8 @@ class WithMask(Dropout, ABC):
         return self.mask(values.shape, values).keep(values)
 
     @override
-    def pull_back(
-        self,
-        inner: Tensor,
-        small_A: Tensor,
-        factor: float = 1.0,
-        *,
-        x: Tensor | None,
-        factor_A: float = 1.0,
-        to_input: bool,
-        gathered: Tensor | None = None,
-        base: Base | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def pull_back(self, pull: Pull) -> tuple[Tensor | None, Tensor | None]:
+        (inner, small_A, factor), x, factor_A, to_input, gathered, base = pull
         mask = self.mask(torch.Size((len(inner), small_A.shape[1])), inner)
         grad_A = None if x is None else self.products.gradient_of_first(inner, mask.keep(x), factor_A)
         if not to_input:

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.fused.dropout import Mask, WithMask
-from lightning_lora.fused.products import Base
+from lightning_lora.fused.dropout import Mask, Pull, WithMask
+from lightning_lora.fused.products import Update
 
 _TOKENS = 64  # of a program, and of a step in one
 _GROUP = 32  # features
@@ -174,22 +174,10 @@ class KernelDropout(WithMask):
         return hidden
 
     @override
-    def pull_back(
-        self,
-        inner: Tensor,
-        small_A: Tensor,
-        factor: float = 1.0,
-        *,
-        x: Tensor | None,
-        factor_A: float = 1.0,
-        to_input: bool,
-        gathered: Tensor | None = None,
-        base: Base | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def pull_back(self, pull: Pull) -> tuple[Tensor | None, Tensor | None]:
         if torch.is_grad_enabled():
-            return super().pull_back(
-                inner, small_A, factor, x=x, factor_A=factor_A, to_input=to_input, gathered=gathered, base=base
-            )
+            return super().pull_back(pull)
+        (inner, small_A, factor), x, factor_A, to_input, gathered, base = pull
         inner, small_A = inner.contiguous(), small_A.contiguous()
         tokens, (rank, width) = len(inner), small_A.shape
         blocks = triton.cdiv(width, _BLOCK)
@@ -212,7 +200,7 @@ class KernelDropout(WithMask):
     def mask(self, shape: torch.Size, like: Tensor) -> Mask:
         with torch.no_grad():
             ones = like.new_ones(shape[:-1].numel(), 1)
-            _, kept = self.pull_back(ones, like.new_ones(1, shape[-1]), x=None, to_input=True)
+            _, kept = self.pull_back(Pull(Update(ones, like.new_ones(1, shape[-1]))))
         assert kept is not None
         return Mask.of((kept != 0).view(shape).to(torch.int8).neg_(), like)
 

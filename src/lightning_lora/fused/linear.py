@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.fused.draw import draw_dropout
-from lightning_lora.fused.dropout import Dropout
+from lightning_lora.fused.dropout import Dropout, Pull
 from lightning_lora.fused.factored_input import save_as_factors
-from lightning_lora.fused.products import Products
+from lightning_lora.fused.products import Products, Update
 
 Dequantize = Callable[[torch.dtype], Tensor]
 Compute = Callable[[], Tensor]
@@ -210,9 +210,8 @@ class LoRALinear(torch.autograd.Function):
             gathered = None if passed_on is None else rows(passed_on)
             first = factors[used[0]]
             factor_A = first if all(factors[index] == first for index in used) else factor
-            grad_A, grad_input = drop.pull_back(
-                inner, small_A, factor, x=x, factor_A=factor_A, to_input=needs_input, gathered=gathered, base=base
-            )
+            pull = Pull(Update(inner, small_A, factor), x, factor_A, needs_input, gathered, base)
+            grad_A, grad_input = drop.pull_back(pull)
         grad_input = None if grad_input is None else grad_input.view(shape)
         return None, grad_input, grad_B, None, None, None, None, *_parts(grad_A, lora_As, factors, factor_A, used)
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 Base = tuple[Tensor, Tensor]
 PLAIN_TENSORS = (Tensor, Parameter)
+
+
+class Update(NamedTuple):
+    """What a projection adds to the gradient of its input: ``factor inner A``.
+
+    Attributes:
+        inner: ``(tokens, rank)``: the gradient of what :meth:`Products.project` returned.
+        small_A: ``(rank, in_features)``.
+        factor: Of the projection.
+    """
+
+    inner: Tensor
+    small_A: Tensor
+    factor: float = 1.0
 
 
 class Products:
@@ -71,12 +87,7 @@ class Products:
         return product(inner.t(), x, factor)
 
     def gradient_of_input(
-        self,
-        gathered: Tensor | None,
-        base: Base | None,
-        inner: Tensor | None = None,
-        small_A: Tensor | None = None,
-        factor: float = 1.0,
+        self, gathered: Tensor | None, base: Base | None, update: Update | None = None
     ) -> Tensor | None:
         """``gathered + gradient W + factor inner A``, of what there is.
 
@@ -84,15 +95,11 @@ class Products:
             gathered: ``(tokens, in_features)``. Nobody else has that tensor: it is changed where autograd does not
                 look.
             base: The gradient ``(tokens, out_features)`` of the output of the frozen part, and its weight.
-            inner: ``(tokens, rank)``: of what :meth:`project` returned.
-            small_A: ``(rank, in_features)``.
-            factor: Of the projection.
+            update: Of the projection.
         """
         if base is not None:
             gathered = add_product(gathered, *base)
-        if inner is None or small_A is None:
-            return gathered
-        return add_product(gathered, inner, small_A, factor)
+        return gathered if update is None else add_product(gathered, *update)
 
 
 TORCH = Products()

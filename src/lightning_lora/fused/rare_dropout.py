@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.fused.dropout import Mask, WithMask
-from lightning_lora.fused.products import TORCH, Base, Products
+from lightning_lora.fused.dropout import Mask, Pull, WithMask
+from lightning_lora.fused.products import TORCH, Products
 
 _RARE = 0.07
 _PLACES = 2**26  # half of a 64-bit number hits each of them alike to within 1.6 %
@@ -54,22 +54,10 @@ class RareDropout(WithMask):
         return _without(values, self._places(values.numel()))
 
     @override
-    def pull_back(
-        self,
-        inner: Tensor,
-        small_A: Tensor,
-        factor: float = 1.0,
-        *,
-        x: Tensor | None,
-        factor_A: float = 1.0,
-        to_input: bool,
-        gathered: Tensor | None = None,
-        base: Base | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def pull_back(self, pull: Pull) -> tuple[Tensor | None, Tensor | None]:
         if torch.is_grad_enabled():
-            return super().pull_back(
-                inner, small_A, factor, x=x, factor_A=factor_A, to_input=to_input, gathered=gathered, base=base
-            )
+            return super().pull_back(pull)
+        (inner, small_A, factor), x, factor_A, to_input, gathered, base = pull
         places = self._places(len(inner) * small_A.shape[1])
         grad_A = None if x is None else self.products.gradient_of_first(inner, _without(x, places), factor_A)
         if not to_input:
@@ -80,7 +68,7 @@ class RareDropout(WithMask):
         gathered = gathered.contiguous()
         flat = gathered.view(-1)
         spared = flat.index_select(0, places)
-        self.products.gradient_of_input(gathered, None, inner, small_A, factor)
+        self.products.gradient_of_input(gathered, None, pull.update)
         flat.index_copy_(0, places, spared)
         return grad_A, gathered
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.fused.products import Base, Products, is_zero
+from lightning_lora.fused.products import Base, Products, Update, is_zero
 
 _BLOCK = 2**22  # numbers of a matrix in fp32 at a time
 _LEAST = 256  # rows of a block, each of which is copied for as many products
@@ -81,18 +81,11 @@ class WidenedProducts(Products):
 
     @override
     def gradient_of_input(
-        self,
-        gathered: Tensor | None,
-        base: Base | None,
-        inner: Tensor | None = None,
-        small_A: Tensor | None = None,
-        factor: float = 1.0,
+        self, gathered: Tensor | None, base: Base | None, update: Update | None = None
     ) -> Tensor | None:
-        terms = [] if base is None else [_Term(*base)]
-        if inner is not None and small_A is not None:
-            terms.append(_Term(inner, small_A, factor))
+        terms = [_Term(*term) for term in (base, update) if term is not None]
         if not terms or not _pays(terms[0].left):
-            return super().gradient_of_input(gathered, base, inner, small_A, factor)
+            return super().gradient_of_input(gathered, base, update)
         left, right, _ = terms[0]
         return _sum(left.new_empty(len(left), right.shape[1]) if gathered is None else gathered, gathered, terms)
 
