@@ -92,7 +92,8 @@ def _of_a_token(ratio: harness.Ratio, batches: Sequence[Batch], others: Sequence
 
 def _saved(module: SFTModule, batch: Batch, chunk: int) -> int:
     module.logits_chunk = chunk
-    return memory.saved_bytes(lambda: loss_of(module, batch), exclude=tuple(module.parameters()))
+    _, saved = memory.alive_bytes(lambda: loss_of(module, batch))
+    return saved
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What a training step holds in memory: bytes saved for the backward pass, and the peak.
+"""What a training step holds in memory: the bytes that are alive after a part of it, and the peak.
 
 ``python -m benchmarks.memory`` compares what ``plan_memory`` predicts with what torch's CPU allocator reports to the
 profiler. The two share no code: the prediction counts tensors that have no memory, the measurement real allocations.
@@ -10,7 +10,7 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,42 +18,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import record
 from lightning_lora.device_memory import PeakMeter, allocations
 
 MEDIAN_ERROR, WORST_ERROR = 0.05, 0.12  # the most that a plan may be off
-
-
-def saved_bytes(forward: Callable[[], object], *, exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward pass of ``forward``.
-
-    Every storage counts once, at its full size, however many nodes or views saved it.
-
-    Limits: tensors that a custom ``autograd.Function`` puts on its context without ``save_for_backward`` pass
-    these hooks by, and so do integers and Python objects. ``peak_bytes`` sees them.
-
-    Args:
-        forward: Builds the graph. Its result is dropped.
-        exclude: Tensors that exist anyway: parameters, buffers, the batch.
-    """
-    own = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-    # Holding the storages keeps their addresses from being handed out a second time while we count.
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        # Detached, since an output saved by its own node would otherwise hold that node, and so itself, for ever.
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    del result
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 def peak_bytes(step: Callable[[], object]) -> int:

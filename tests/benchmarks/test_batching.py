@@ -21,6 +21,6 @@ def test_each_way_is_measured_over_the_same_examples(tiny_pretrained, tmp_path, 
     assert set(found["padding"]) == set(found["to_as_drawn"]) == set(BATCHING)
     assert found["padding"]["packed"] < found["padding"]["as_drawn"]
     saved = [found["saved_bytes"][str(chunk)] for chunk in (10**9, 512, 128, 32)]
-    assert saved == sorted(saved, reverse=True)
-    assert saved[-1] < saved[0]
+    at_once = saved[0]
+    assert min(saved) < at_once == max(saved)
     assert "time of a token / as drawn" in capsys.readouterr().out
