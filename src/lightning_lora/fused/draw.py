@@ -38,8 +38,9 @@ def draw_dropout(probability: float, *, like: Tensor, kernels: str = "torch") ->
             be compiled.
     """
     fixed = _FIXED.get()
-    amx = find_amx() if kernels == "amx" and fixed is None and like.device.type == "cpu" else None
-    products = amx or (WIDENED if like.device.type == "cpu" and is_emulated(like.dtype) else TORCH)
+    is_real = fixed is None and like.device.type == "cpu"  # a plan of memory is for any device
+    amx = find_amx() if kernels == "amx" and is_real else None
+    products = amx or (WIDENED if is_real and is_emulated(like.dtype) else TORCH)
     if probability == 0.0:
         return Dropout(products)
     seed = int(torch.randint(0, 2**31 - 1, (), device="cpu")) if fixed is None else fixed

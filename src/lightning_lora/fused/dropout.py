@@ -107,13 +107,15 @@ class WithMask(Dropout, ABC):
 
     @override
     def pull_back(self, pull: Pull) -> tuple[Tensor | None, Tensor | None]:
-        (inner, small_A, factor), x, factor_A, to_input, gathered, base = pull
+        (inner, small_A, _), x, factor_A, to_input, gathered, base = pull
         mask = self.mask(torch.Size((len(inner), small_A.shape[1])), inner)
         grad_A = None if x is None else self.products.gradient_of_first(inner, mask.keep(x), factor_A)
         if not to_input:
             return grad_A, None
         gathered = self.products.gradient_of_input(gathered, base)
-        kept = mask.keep_(self.products.project(inner, small_A.t(), factor))
+        kept = self.products.gradient_of_input(None, None, pull.update)
+        assert kept is not None
+        kept = mask.keep_(kept)
         return grad_A, kept if gathered is None else kept.add_(gathered)
 
 

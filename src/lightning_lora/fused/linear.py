@@ -266,7 +266,7 @@ def _saved(ctx: Any, uses: Uses | None, used: list[int]) -> Any:
 
 
 def _cast_again(ctx: Any, used: list[int]) -> tuple[Tensor, float, Tensor]:
-    """The stacked A of the used layers, the factor that is left, and B: to the bits of the forward pass, or refused."""
+    """The stacked A of the used layers, the factor that is left, and B: as the forward pass took them, or refused."""
     _, factors, *_, dtype = ctx.settings
     needed = [*used, -1] if used[0] == 0 else used
     if versions_of(ctx.trained[index] for index in needed) != [ctx.versions[index] for index in needed]:

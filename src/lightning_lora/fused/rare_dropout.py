@@ -57,14 +57,16 @@ class RareDropout(WithMask):
     def pull_back(self, pull: Pull) -> tuple[Tensor | None, Tensor | None]:
         if torch.is_grad_enabled():
             return super().pull_back(pull)
-        (inner, small_A, factor), x, factor_A, to_input, gathered, base = pull
+        (inner, small_A, _), x, factor_A, to_input, gathered, base = pull
         places = self._places(len(inner) * small_A.shape[1])
         grad_A = None if x is None else self.products.gradient_of_first(inner, _without(x, places), factor_A)
         if not to_input:
             return grad_A, None
         gathered = self.products.gradient_of_input(gathered, base)
         if gathered is None:
-            return grad_A, _fill(self.products.project(inner, small_A.t(), factor), places)
+            added = self.products.gradient_of_input(None, None, pull.update)
+            assert added is not None
+            return grad_A, _fill(added, places)
         gathered = gathered.contiguous()
         flat = gathered.view(-1)
         spared = flat.index_select(0, places)

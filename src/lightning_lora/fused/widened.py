@@ -2,7 +2,7 @@
 
 There torch takes a product in 16 bits value by value
 (https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/cpu/BlasKernel.cpp), 5 to 8 times as long as one
-in fp32 in the forward pass and up to 150 times in the backward pass. A copy in fp32 is exact, and takes little beside
+in fp32 in the forward pass and up to 200 times in the backward pass. A copy in fp32 is exact, and takes little beside
 the product of many rows. Only blocks of a matrix are copied at a time, and a block is summed to its end before it is
 rounded.
 """

@@ -69,9 +69,12 @@ def weight_of(layer: str) -> str:
 
 
 def _checksums(tensors: Iterable[Tensor]) -> list[int]:
-    """Of each tensor, side by side: zlib lets other threads run meanwhile."""
+    """Of each tensor, side by side on a CPU: zlib lets other threads run meanwhile."""
+    waiting = list(tensors)
+    if not all(tensor.is_cpu for tensor in waiting):  # each is copied, on the stream of this thread
+        return [_checksum(tensor) for tensor in waiting]
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return list(threads.map(_checksum, tensors))
+        return list(threads.map(_checksum, waiting))
 
 
 def _checksum(tensor: Tensor) -> int:
