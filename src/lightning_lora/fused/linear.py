@@ -192,7 +192,7 @@ class LoRALinear(torch.autograd.Function):
             return None, passed_on, *(None,) * (5 + len(lora_As))
         input, hidden, weight = _saved(ctx, uses, used)
         _, needs_input, needs_B, *_ = ctx.needs_input_grad
-        small_A, factor, small_B = _cast_again(ctx, used)
+        small_A, factor = _stacked_again(ctx, used)
         if torch.is_grad_enabled():
             hidden = _differentiable(ctx, used, input, small_A, factor)
         to_inner = needs_input or input is not None
@@ -201,7 +201,7 @@ class LoRALinear(torch.autograd.Function):
         if grad_output is not None:
             gradient = rows(grad_output).to(dtype)
             gradients[0], grad_B = drop.products.gradients_of_update(
-                gradient, small_B, hidden=hidden if needs_B else None, like=lora_B, to_hidden=to_inner
+                gradient, lora_B.to(dtype), hidden=hidden if needs_B else None, like=lora_B, to_hidden=to_inner
             )
             if needs_input:
                 base = gradient, weight if make_weight is None else make_weight(dtype)
@@ -265,14 +265,13 @@ def _saved(ctx: Any, uses: Uses | None, used: list[int]) -> Any:
     return saved
 
 
-def _cast_again(ctx: Any, used: list[int]) -> tuple[Tensor, float, Tensor]:
-    """The stacked A of the used layers, the factor that is left, and B: as the forward pass took them, or refused."""
+def _stacked_again(ctx: Any, used: list[int]) -> tuple[Tensor, float]:
+    """:func:`_stacked` of the used layers; what trains is refused where it is not what the forward pass took."""
     _, factors, *_, dtype = ctx.settings
     needed = [*used, -1] if used[0] == 0 else used
     if versions_of(ctx.trained[index] for index in needed) != [ctx.versions[index] for index in needed]:
         raise RuntimeError("lora_A or lora_B was changed in place, and the gradients need it as it was.")
-    small_A, factor = _stacked([ctx.trained[index] for index in used], [factors[index] for index in used], dtype)
-    return small_A, factor, ctx.trained[-1].to(dtype)
+    return _stacked([ctx.trained[index] for index in used], [factors[index] for index in used], dtype)
 
 
 def _differentiable(ctx: Any, used: list[int], input: Tensor | None, small_A: Tensor, factor: float) -> Tensor | None:

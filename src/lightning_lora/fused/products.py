@@ -108,7 +108,7 @@ TORCH = Products()
 def is_zero(small_B: Tensor) -> bool:
     """Whether an update has not begun: then a layer's output is to be the base's to the last bit, as torch computes it.
 
-    With a tensor that has no values, as in a plan of memory, it has begun.
+    Of a tensor that may have no values, such as torch's FakeTensor, it is taken to have begun.
     """
     if type(small_B) not in PLAIN_TENSORS:
         return False
