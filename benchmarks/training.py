@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import memory, models, peers
-from lightning_lora.layers import drop_cast_copies
+from lightning_lora.frozen_layer import drop_cast_copies
 from lightning_lora.optimizers import fuse_adamw
 
 # Relative difference of the adapters' gradients (and of the loss) above which two variants are not taken for

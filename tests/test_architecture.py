@@ -32,7 +32,7 @@ GROUPS = (
         "weight_files",
         "streaming",
     ),
-    ("layers", "quantized_layer", "quantization", "fresh", "dense_models", "kept_weights", "record"),
+    ("frozen_layer", "layers", "quantized_layer", "quantization", "fresh", "dense_models", "kept_weights", "record"),
     ("targets", "lora", "frozen", "fingerprint"),
     ("quantized_base",),
     ("gradient_checkpointing",),

@@ -20,6 +20,7 @@ from lightning_lora.checkpoint_file import MANIFEST
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.fit_end import check_merge, merge_at_fit_end
 from lightning_lora.frozen import keep_base_as_is
+from lightning_lora.frozen_layer import drop_cast_copies
 from lightning_lora.fused import siblings
 from lightning_lora.gradient_checkpointing import (
     GradientCheckpointingConfig,
@@ -32,7 +33,7 @@ from lightning_lora.gradient_checkpointing import (
 from lightning_lora.guards import check_still_frozen, check_trainer, explain, warn_of_eval_mode, warn_of_idle
 from lightning_lora.hooks import patch_checkpoints, patch_run, unpatch_run
 from lightning_lora.injection import extend_adapters
-from lightning_lora.layers import adapted_layers, drop_cast_copies
+from lightning_lora.layers import adapted_layers
 from lightning_lora.lightning_names import is_a
 from lightning_lora.lora import LoRAConfig
 from lightning_lora.memory_log import MemoryLog

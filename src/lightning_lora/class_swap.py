@@ -27,13 +27,16 @@ class SwappedClass(nn.Module):
         return _rebuild, (mixin, original), state
 
 
-_TYPES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+_Parents = tuple[type[SwappedClass], type[nn.Module]]
+_TYPES: dict[_Parents, type[nn.Module]] = {}
+_PARENTS: dict[type[nn.Module], _Parents] = {}
 
 
 def _swapped_type(mixin: type[SwappedClass], original: type[nn.Module]) -> type[nn.Module]:
     if (mixin, original) not in _TYPES:
         name = f"{mixin.class_prefix}{original.__name__}"
-        _TYPES[mixin, original] = type(name, (mixin, original), {"__module__": mixin.__module__})
+        built = type(name, (mixin, original), {"__module__": mixin.__module__})
+        _TYPES[mixin, original], _PARENTS[built] = built, (mixin, original)
     return _TYPES[mixin, original]
 
 
@@ -43,9 +46,12 @@ def _rebuild(mixin: type[SwappedClass], original: type[nn.Module]) -> nn.Module:
 
 
 def swapped_parents(cls: type[nn.Module]) -> tuple[type[SwappedClass], type[nn.Module]]:
-    """Return the mixin and the original class of a class that :func:`swap_class` built."""
-    mixin, original = cls.__bases__
-    return mixin, original
+    """Return the mixin and the original class of a class that :func:`swap_class` built, or of one derived from it.
+
+    torch's parametrizations derive a class for each module, so what is swapped may get one later.
+    """
+    found = _PARENTS.get(cls)
+    return found or next(_PARENTS[parent] for parent in cls.__mro__ if parent in _PARENTS)
 
 
 def swap_class(module: nn.Module, mixin: type[SwappedClass]) -> None:
@@ -59,8 +65,15 @@ def swap_class(module: nn.Module, mixin: type[SwappedClass]) -> None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Give a swapped ``module`` its original class back."""
-    module.__class__ = swapped_parents(type(module))[1]
+    """Give a swapped ``module`` its original class back; one that was derived since is derived from that."""
+    module.__class__ = _without_mixin(type(module))
+
+
+def _without_mixin(cls: type[nn.Module]) -> type[nn.Module]:
+    if cls in _PARENTS:
+        return _PARENTS[cls][1]
+    own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, tuple(map(_without_mixin, cls.__bases__)), own)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

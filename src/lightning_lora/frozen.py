@@ -1,15 +1,18 @@
-"""Keep a frozen base as it is: norm statistics that don't move, and a forward that goes through the layers."""
+"""Keep a frozen base as it is: norm statistics that don't move, a forward that goes through the layers, and cheaply."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from typing_extensions import override
 
 from lightning_lora.class_swap import SwappedClass, restore_class, swap_class
+from lightning_lora.frozen_layer import FrozenLayer, is_linear
+from lightning_lora.fused.widened import is_emulated
 from lightning_lora.layers import AdaptedLayer
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.targets.patterns import canonical
@@ -56,10 +59,10 @@ _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 def keep_base_as_is(root: nn.Module, *, saved: Collection[str] = ()) -> list[str]:
-    """Swap the frozen norm layers and the encoders with adapted layers inside ``root``; safe to call again.
+    """Swap the frozen norm and linear layers, and the encoders with adapted layers; safe to call again.
 
     Args:
-        root: The module.
+        root: The module, frozen, with its adapters.
         saved: Names of parameters and buffers that are trained on purpose: their norm layers are left alone.
 
     Returns:
@@ -80,6 +83,8 @@ def keep_base_as_is(root: nn.Module, *, saved: Collection[str] = ()) -> list[str
             kept.append(name)
         elif isinstance(child, _FAST_PATHS) and not isinstance(child, SwappedClass) and _is_changed(child):
             swap_class(child, WithoutFastPath)
+        elif _gains(child):
+            swap_class(child, FrozenLayer)
     return kept
 
 
@@ -93,10 +98,22 @@ def release_base(root: nn.Module) -> None:
             restore_class(child)
         elif isinstance(child, WithoutFastPath):
             restore_class(child)
+        elif isinstance(child, FrozenLayer) and not isinstance(child, AdaptedLayer):
+            child.__dict__.pop("cast_copy", None)
+            restore_class(child)
 
 
 def _tracks_statistics(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.track_running_stats and not isinstance(module, SwappedClass)
+
+
+def _gains(module: nn.Module) -> bool:
+    """Whether this is a frozen linear layer whose weight autocast would cast, or whose products this CPU can't take."""
+    if isinstance(module, SwappedClass) or not is_linear(type(module)):
+        return False
+    weight = module._parameters.get("weight")
+    frozen = not any(parameter is not None and parameter.requires_grad for parameter in module.parameters())
+    return frozen and type(weight) is nn.Parameter and (weight.dtype == torch.float32 or is_emulated(weight.dtype))
 
 
 def _holders(root: nn.Module) -> dict[nn.Module, nn.Module]:

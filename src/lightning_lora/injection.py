@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.class_swap import original_class
 from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import MergeError, TargetNotFoundError, UnsupportedSetupError
 from lightning_lora.fresh import newly_initialized
@@ -309,7 +310,8 @@ def _all_or_nothing(module: nn.Module) -> Iterator[None]:
                 del layer.adapters[name]
             if not names:
                 detach_adapters(layer)
-        if find_record(module) is None:
+        record = find_record(module)
+        if record is None:
             release_base(module)
             release_foreign(module)
         for parameter, requires_grad, grad in flags:
@@ -317,6 +319,8 @@ def _all_or_nothing(module: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(requires_grad)
             if parameter.grad is not grad:
                 parameter.grad = grad
+        if record is not None:
+            keep_base_as_is(module, saved=record.saved)
         raise
 
 
@@ -390,7 +394,7 @@ def _row(path: str, layer: AdaptedLayer, name: str) -> LayerRow:
     own = sum(dense_numel(parameter) for parameter in layer.parameters(recurse=False))
     return LayerRow(
         name=path,
-        type=type(layer).__bases__[1].__name__,
+        type=original_class(layer).__name__,
         shape=layer.matrix_shape,
         rank=adapter.rank,
         alpha=adapter.alpha,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,28 +17,26 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.adapter import ALL_ROWS, Adapter
-from lightning_lora.class_swap import SwappedClass, original_class, restore_class, swap_class
-from lightning_lora.fused import CastCopy, Frozen, may_fuse, product_dtype, siblings
+from lightning_lora.class_swap import original_class, restore_class, swap_class
+from lightning_lora.frozen_layer import FrozenLayer, definer_of
+from lightning_lora.fused import Frozen, may_fuse, product_dtype, siblings
 from lightning_lora.quantized_layer import QuantizedLayer
 
 _MOST_FOLLOWERS = 3
 
 
-class AdaptedLayer(SwappedClass):
+class AdaptedLayer(FrozenLayer):
     """Mixin of a frozen layer with named adapters.
 
     Attributes:
         adapters: By name.
         active: Names of those that act, in order.
-        cast_copy: Keeps the weight in autocast's dtype, once autocast has acted.
         followers: Later layers of the same parent that may get the same input, see :func:`note_siblings`.
     """
 
     class_prefix = "Adapted"
-    weight: Tensor
     adapters: nn.ModuleDict
     active: tuple[str, ...]
-    cast_copy: CastCopy | None = None
     followers: tuple[nn.Module, ...] = ()
 
     @override
@@ -92,15 +90,8 @@ class AdaptedLayer(SwappedClass):
         if weight.dtype != dtype:
             if not is_cast:
                 return None
-            if self.cast_copy is None:
-                self.cast_copy = CastCopy()
-            weight = self.cast_copy.of(weight, dtype)
+            weight = self.cast_of(weight, dtype)
         return Frozen(self.as_matrix(weight), bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        if self.cast_copy is not None:
-            self.cast_copy.drop()  # it would stay on the device that the module leaves
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -238,7 +229,7 @@ class AdaptedQuantized(AdaptedLayer):
 @functools.cache
 def _computes_its_own(original: Hashable) -> bool:
     """Whether a class computes something else than a linear layer does."""
-    definer = next(cls for cls in cast("type[nn.Module]", original).__mro__ if "forward" in vars(cls))
+    definer = definer_of(cast("type[nn.Module]", original))
     return definer is not nn.Linear and not _is_conv1d(definer) and not issubclass(definer, QuantizedLayer)
 
 
@@ -277,6 +268,8 @@ def attach_adapter(layer: nn.Module, name: str) -> AdaptedLayer:
     if not isinstance(layer, AdaptedLayer):
         host = host_of(layer)
         assert host is not None, type(layer)
+        if isinstance(layer, FrozenLayer):
+            restore_class(layer)
         swap_class(layer, host)
         layer = cast(AdaptedLayer, layer)
         layer.adapters = nn.ModuleDict()
@@ -317,13 +310,6 @@ def note_siblings(module: nn.Module) -> None:
                 guessed = () if isinstance(parent, nn.Sequential | nn.ModuleList) else later.get(width, ())
                 child.followers = guessed[:_MOST_FOLLOWERS]
                 later[width] = (child, *guessed)
-
-
-def drop_cast_copies(module: nn.Module) -> None:
-    """Give the memory back that the last training step under autocast left for the next one."""
-    for _, layer in adapted_layers(module):
-        if layer.cast_copy is not None:
-            layer.cast_copy.drop()
 
 
 def adapted_layers(module: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

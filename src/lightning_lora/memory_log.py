@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_lora.device_memory import PeakMeter
-from lightning_lora.layers import adapted_layers
+from lightning_lora.frozen_layer import FrozenLayer
 from lightning_lora.planning.memory_plan import MemoryPlan
 from lightning_lora.planning.plan import plan_memory
 from lightning_lora.planning.units import in_gb
@@ -69,9 +69,8 @@ def _held(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Iterat
     for child in module.modules():
         if isinstance(child, QuantizedLayer):
             yield from child.constants().values()
-    for _, layer in adapted_layers(module):
-        if layer.cast_copy is not None and layer.cast_copy.kept is not None:
-            yield layer.cast_copy.kept
+        if isinstance(child, FrozenLayer) and child.cast_copy is not None and child.cast_copy.kept is not None:
+            yield child.cast_copy.kept
     leaves = pytree.tree_leaves([batch, *(dict(optimizer.state) for optimizer in trainer.optimizers)])
     yield from (leaf for leaf in leaves if isinstance(leaf, Tensor))
 

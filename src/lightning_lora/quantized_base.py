@@ -9,6 +9,7 @@ from collections.abc import Iterator, Set
 import torch
 from torch import nn
 
+from lightning_lora.class_swap import original_class
 from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import QuantizationError, TargetNotFoundError
 from lightning_lora.fresh import is_pretrained_model
@@ -161,7 +162,7 @@ def layers_to_quantize(
         layer = module.get_submodule(target.name)
         if target.name in wide:
             selection.skipped[target.name] = "transformers keeps it in fp32"
-        elif type(layer) is nn.Linear and layer.weight.numel():
+        elif original_class(layer) is nn.Linear and layer.get_parameter("weight").numel():
             kept.append(target)
         elif not isinstance(layer, QuantizedLayer):
             selection.skipped[target.name] = f"{type(layer).__name__} is no plain nn.Linear"

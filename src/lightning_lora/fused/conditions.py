@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -11,10 +13,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def may_fuse(input: object, adapter: nn.Module) -> bool:
-    """Whether a fused node may compute a layer with ``adapter`` for this input.
+    """Whether a fused node may compute a layer with ``adapter`` for this input: hooks on it want to be called."""
+    return is_eager(input) and "forward" not in vars(adapter) and not any(vars(adapter)[name] for name in _HOOKS)
+
+
+def is_eager(input: object) -> TypeGuard[Tensor]:
+    """Whether nothing but autograd looks at what is done with this input.
 
     Compilers fuse torch's own operations better than a node that they can't look into; tracing, torch.func and
-    forward-mode derivatives need operations that have their rules; and hooks on the adapter want to be called.
+    forward-mode derivatives need operations that have their rules.
     """
     return (
         isinstance(input, Tensor)
@@ -26,8 +33,6 @@ def may_fuse(input: object, adapter: nn.Module) -> bool:
         and not torch._C._get_tracing_state()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and "forward" not in vars(adapter)
-        and not any(vars(adapter)[name] for name in _HOOKS)
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_lora.errors import MissingDependencyError
 from lightning_lora.fused.amx import AmxDropout, find_amx, may_drop
 from lightning_lora.fused.dropout import LEVELS, Dropout, MaskedDropout
-from lightning_lora.fused.products import TORCH
+from lightning_lora.fused.products import TORCH, Products
 from lightning_lora.fused.rare_dropout import RareDropout, is_rare
 from lightning_lora.fused.widened import WIDENED, is_emulated
 
@@ -38,9 +38,8 @@ def draw_dropout(probability: float, *, like: Tensor, kernels: str = "torch") ->
             be compiled.
     """
     fixed = _FIXED.get()
-    is_real = fixed is None and like.device.type == "cpu"  # a plan of memory is for any device
-    amx = find_amx() if kernels == "amx" and is_real else None
-    products = amx or (WIDENED if is_real and is_emulated(like.dtype) else TORCH)
+    amx = find_amx() if kernels == "amx" and _is_on_this_cpu(like) else None
+    products = amx or products_of(like)
     if probability == 0.0:
         return Dropout(products)
     seed = int(torch.randint(0, 2**31 - 1, (), device="cpu")) if fixed is None else fixed
@@ -56,6 +55,15 @@ def draw_dropout(probability: float, *, like: Tensor, kernels: str = "torch") ->
     above = (seed % 65_521) / 65_521 < exact - below
     dropped = min(below + above, LEVELS - 1)
     return MaskedDropout(seed, dropped, products) if dropped else Dropout(products)
+
+
+def products_of(like: Tensor) -> Products:
+    """What takes the products in the dtype of ``like``, on its device, where no kernels are asked for."""
+    return WIDENED if _is_on_this_cpu(like) and is_emulated(like.dtype) else TORCH
+
+
+def _is_on_this_cpu(like: Tensor) -> bool:
+    return like.device.type == "cpu" and _FIXED.get() is None  # a plan of memory is for any device
 
 
 def prepare_kernels(kernels: str, device: torch.device) -> None:

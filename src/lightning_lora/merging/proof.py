@@ -139,7 +139,7 @@ def judge(norms: Norms, config: MergeConfig) -> MergeReport:
 
 def _probe(name: str, layer: AdaptedLayer, tolerance: float) -> None:
     """Compare a layer that may do something to its weight or output with what a merge would make of it."""
-    cls = type(layer).__bases__[1].__name__
+    cls = original_class(layer).__name__
     try:
         adapted, merged, base = layer.probe()
         if not torch.isfinite(adapted).all() or not torch.isfinite(base).all():

@@ -14,10 +14,10 @@ from typing_extensions import override
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.errors import UnsupportedSetupError
+from lightning_lora.frozen_layer import FrozenLayer
 from lightning_lora.fused.cast_copy import CastCopy, may_keep
 from lightning_lora.fused.draw import fixed_seed
 from lightning_lora.gradient_checkpointing.repeated import repeated_blocks
-from lightning_lora.layers import adapted_layers
 from lightning_lora.planning.batches import example_of
 from lightning_lora.planning.codes import coded_layers
 from lightning_lora.planning.liveness import LiveBytes
@@ -112,8 +112,9 @@ class _Run:
             block.register_forward_hook(self._leave_block)
         for layer in coded_layers(twin):
             layer.note = self._dequantized
-        for _, adapted in adapted_layers(twin):
-            adapted.cast_copy = _CountedCast(live)
+        for child in twin.modules():
+            if isinstance(child, FrozenLayer):
+                child.cast_copy = _CountedCast(live)
         for parameter in twin.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._count_gradient)  # type: ignore[no-untyped-call]
