@@ -11,7 +11,7 @@ from lightning_lora import LoRAConfig, MergeConfig, inject_adapters, merge_adapt
 from lightning_lora.layers import update_of
 from lightning_lora.lora import LoRAAdapter
 from lightning_lora.merging import block_sum
-from lightning_lora.merging.block_sum import fold_in
+from lightning_lora.merging.block_sum import fold_and_measure, fold_in
 
 MIB = 2**20
 
@@ -42,12 +42,13 @@ def test_blocks_give_what_the_whole_gives(shape, dtype, stored, transposed, monk
     base, adapters = weight_and_adapters(*shape, dtype)
     base = base.t().contiguous().t() if transposed else base
     monkeypatch.setattr(block_sum, "_BLOCK", 32)
-    found = fold_in(adapters, base, stored)
+    found = fold_and_measure(adapters, base, stored)
     exact = base.to(torch.promote_types(torch.float32, dtype))
     update = update_of(adapters, exact)
     expected = (exact + update).to(stored)
     assert found.stored.dtype == stored and found.stored.stride() == base.stride() and found.is_finite
     torch.testing.assert_close(found.stored, expected)
+    assert torch.equal(fold_in(adapters, base, stored), found.stored)  # what is proved is what is written
     error = (found.stored.to(exact.dtype) - exact).sub_(update)
     for got, wanted in ((found.weight, exact), (found.update, update), (found.error, error)):
         assert got == pytest.approx(wanted.norm().item(), rel=1e-4, abs=1e-5)
@@ -56,7 +57,7 @@ def test_blocks_give_what_the_whole_gives(shape, dtype, stored, transposed, monk
 def test_what_is_stored_instead_is_what_the_error_is_of():
     base, adapters = weight_and_adapters(6, 4, torch.float32)
     other = torch.randn(6, 4)
-    found = fold_in(adapters, base, torch.bfloat16, instead=other)
+    found = fold_and_measure(adapters, base, torch.bfloat16, instead=other)
     assert torch.equal(found.stored, other.bfloat16())
     error = found.stored.float() - base - update_of(adapters, base)
     assert found.error == pytest.approx(error.norm().item(), rel=1e-5)
@@ -68,11 +69,11 @@ def test_one_value_that_is_not_finite_shows(value, where, monkeypatch):
     base, adapters = weight_and_adapters(40, 4, torch.float32)
     base[where, 0] = value
     monkeypatch.setattr(block_sum, "_BLOCK", 32)
-    assert not fold_in(adapters, base, torch.float32).is_finite
+    assert not fold_and_measure(adapters, base, torch.float32).is_finite
 
 
 def test_a_weight_without_values_has_nothing_to_fold():
-    folded = fold_in([], torch.empty(0, 3), torch.float32)
+    folded = fold_and_measure([], torch.empty(0, 3), torch.float32)
     assert folded.stored.shape == (0, 3) and (folded.weight, folded.update, folded.error) == (0.0, 0.0, 0.0)
 
 

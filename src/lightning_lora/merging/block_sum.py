@@ -42,35 +42,54 @@ class Folded:
 
 
 @torch.no_grad()
-def fold_in(adapters: Sequence[Adapter], base: Tensor, dtype: torch.dtype, *, instead: Tensor | None = None) -> Folded:
+def fold_in(adapters: Sequence[Adapter], base: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight and what adapters add to it, summed in at least fp32 and rounded once.
 
     Args:
         adapters: Act one after the other.
         base: ``(out_features, in_features)``, of floating point.
-        dtype: Of what is stored.
+        dtype: Of the result.
+    """
+    stored = _like(base, dtype)
+    for rows in _blocks(base):
+        _fold_rows(adapters, base, rows, stored)
+    return stored
+
+
+@torch.no_grad()
+def fold_and_measure(
+    adapters: Sequence[Adapter], base: Tensor, dtype: torch.dtype, *, instead: Tensor | None = None
+) -> Folded:
+    """:func:`fold_in` with its proof.
+
+    Args:
+        adapters: As in :func:`fold_in`.
+        base: As in :func:`fold_in`.
+        dtype: As in :func:`fold_in`.
         instead: What is stored in the place of the sum: what codes made of it stand for.
     """
     norms: list[Tensor] = []
-    stored = torch.empty_like(base, dtype=dtype)  # a transposed weight stays one
+    stored = _like(base, dtype)
     for rows in _blocks(base):
-        norms += _fold_rows(adapters, base, rows, stored, instead)
+        weight, update = _fold_rows(adapters, base, rows, stored)
+        if instead is not None:
+            stored[rows] = instead[rows]
+        # The difference of two close floating-point numbers is exact (Sterbenz), so fp32 shows the rounding of fp32.
+        error = (stored[rows].to(weight.dtype) - weight).sub_(update)
+        norms += [torch.linalg.vector_norm(values) for values in (weight, update, error)]
     return Folded(stored, *_joined(norms))
 
 
-def _fold_rows(
-    adapters: Sequence[Adapter], base: Tensor, rows: slice, stored: Tensor, instead: Tensor | None
-) -> list[Tensor]:
-    """Write some rows of ``stored``, and return the three norms of them."""
+def _like(base: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(base, dtype=dtype)  # a transposed weight stays one
+
+
+def _fold_rows(adapters: Sequence[Adapter], base: Tensor, rows: slice, stored: Tensor) -> tuple[Tensor, Tensor]:
+    """Write some rows of ``stored``; returns the weight and its update there, in at least fp32."""
     weight = base[rows].to(torch.promote_types(torch.float32, base.dtype))
     update = update_of(adapters, weight, rows)
-    if instead is None:
-        torch.add(weight, update, out=stored[rows])
-    else:
-        stored[rows] = instead[rows]
-    # The difference of two close floating-point numbers is exact (Sterbenz), so fp32 shows the rounding of fp32.
-    error = (stored[rows].to(weight.dtype) - weight).sub_(update)
-    return [torch.linalg.vector_norm(values) for values in (weight, update, error)]
+    torch.add(weight, update, out=stored[rows])
+    return weight, update
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:

@@ -59,7 +59,7 @@ def _is_merge_cast(module: nn.Module, merged: MergedState, name: str, weight: Te
     base = merged.weights[name].matrix_for(layer)
     adapters = merged.adapters.get(name, nn.ModuleDict()).to(base.device)
     active = [cast(Adapter, adapters[key]) for key in merged.active.get(name, ())]
-    matrix = host.as_weight(fold_in(active, base, merged.sums[weight_of(name)][0]).stored)
+    matrix = host.as_weight(fold_in(active, base, merged.sums[weight_of(name)][0]))
     return matrix.shape == weight.shape and torch.equal(matrix.to(weight.dtype), weight.detach().to(base.device))
 
 

@@ -15,7 +15,7 @@ from lightning_lora.errors import MergeError
 from lightning_lora.kept_weights import KeptWeight, replace_codes, replace_weight
 from lightning_lora.layers import AdaptedLayer, adapted_layers
 from lightning_lora.merging.bases import Layer, live_weight, original_weights
-from lightning_lora.merging.block_sum import fold_in
+from lightning_lora.merging.block_sum import fold_and_measure, fold_in
 from lightning_lora.merging.config import MergeConfig
 from lightning_lora.merging.report import MergeReport, Norms
 from lightning_lora.quantization.conversion import settings_of
@@ -55,18 +55,22 @@ def merged_weights(module: nn.Module, config: MergeConfig, norms: Norms | None =
         base, dtype, adapters = base_of(name, layer), config.torch_dtype or layer.weight_dtype, layer.active_adapters
         codes = dequantized = None
         if config.base == "requantized" and isinstance(layer, QuantizedLayer):
-            codes = layer.codes_of(fold_in(adapters, base, torch.promote_types(torch.float32, base.dtype)).stored)
+            codes = layer.codes_of(fold_in(adapters, base, torch.promote_types(torch.float32, base.dtype)))
             dequantized = KeptWeight(codes, _format_of(layer)).matrix_for(layer)
-        folded = fold_in(adapters, base, dtype, instead=dequantized)
-        if norms is not None:
+        if norms is None:
+            dense = fold_in(adapters, base, dtype) if dequantized is None else dequantized.to(dtype)
+        else:
+            folded = fold_and_measure(adapters, base, dtype, instead=dequantized)
             norms.add(name, folded, shift=_shift(name, layer, base) if config.base == "original" else 0.0)
             if not folded.is_finite:
                 raise MergeError(
                     f"The merged weight of {name!r} is not finite: its adapter diverged, or overflows {dtype}. "
                     "Merge an earlier checkpoint, or in a wider dtype."
                 )
-        yield MergedWeight(name, layer, folded.stored, codes)
-        del base, folded, codes, dequantized  # else a layer more is there while the next is folded
+            dense = folded.stored
+            del folded
+        yield MergedWeight(name, layer, dense, codes)
+        del base, dense, codes, dequantized  # else a layer more is there while the next is folded
 
 
 def _shift(name: str, layer: AdaptedLayer, base: Tensor) -> float:
