@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora import (
     LoRAConfig,
     QuantizationConfig,
+    frozen_layer,
     inject_adapters,
     merge_adapters,
     remove_adapters,
@@ -34,7 +35,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 @pytest.fixture
 def emulated(monkeypatch):
     """As on a CPU without instructions for 16 bits."""
-    for module in (draws, frozens):
+    for module in (draws, frozens, frozen_layer):
         monkeypatch.setattr(module, "is_emulated", lambda dtype: dtype in DTYPES)
 
 

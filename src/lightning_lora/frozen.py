@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_lora.class_swap import SwappedClass, restore_class, swap_class
 from lightning_lora.frozen_layer import FrozenLayer, is_linear
-from lightning_lora.fused.widened import is_emulated
+from lightning_lora.fused import is_emulated
 from lightning_lora.layers import AdaptedLayer
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.targets.patterns import canonical

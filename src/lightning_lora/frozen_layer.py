@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.class_swap import SwappedClass, original_class
-from lightning_lora.fused import CastCopy, frozen_linear, is_eager, product_dtype
+from lightning_lora.fused import CastCopy, frozen_linear, is_eager, is_emulated, product_dtype
 
 
 class FrozenLayer(SwappedClass):
@@ -29,9 +29,11 @@ class FrozenLayer(SwappedClass):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) == 1 and not kwargs and self._hands_on_a_gradient(args[0]):
-            weight, dtype = self.weight, product_dtype(args[0])
-            if weight.dtype != dtype and torch.is_autocast_enabled(args[0].device.type):
+        weight: Tensor | None = self._parameters.get("weight")  # None where it is computed anew in each pass
+        is_one = len(args) == 1 and not kwargs
+        if is_one and weight is not None and _costs_more(weight) and self._hands_on_a_gradient(args[0]):
+            dtype = product_dtype(args[0])
+            if weight.dtype != dtype and torch.is_autocast_enabled(weight.device.type):
                 weight = self.cast_of(weight, dtype)
             if weight.dtype == dtype:
                 return frozen_linear(args[0], weight, cast("Tensor | None", self.bias))
@@ -44,7 +46,6 @@ class FrozenLayer(SwappedClass):
             is_eager(input)
             and input.requires_grad
             and is_linear(original_class(self))
-            and "weight" in self._parameters  # else it is computed anew in each pass
             and not any(own is not None and own.requires_grad for own in self._parameters.values())
         )
 
@@ -58,6 +59,13 @@ class FrozenLayer(SwappedClass):
         if self.cast_copy is not None:
             self.cast_copy.drop()  # it would stay on the device that the module leaves
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _costs_more(weight: Tensor) -> bool:
+    """Whether autocast would cast this weight, or the CPU takes its products value by value."""
+    if weight.dtype == torch.float32:
+        return torch.is_autocast_enabled(weight.device.type)
+    return weight.is_cpu and is_emulated(weight.dtype)
 
 
 def is_linear(cls: type[nn.Module]) -> bool:

@@ -6,6 +6,7 @@ from lightning_lora.fused.draw import KERNELS, prepare_kernels
 from lightning_lora.fused.frozen import frozen_linear
 from lightning_lora.fused.joint import Joint, follow, lead
 from lightning_lora.fused.linear import Frozen, lora_linear
+from lightning_lora.fused.widened import is_emulated
 
 __all__ = [
     "KERNELS",
@@ -15,6 +16,7 @@ __all__ = [
     "follow",
     "frozen_linear",
     "is_eager",
+    "is_emulated",
     "lead",
     "lora_linear",
     "may_fuse",
