@@ -30,7 +30,14 @@ from lightning_lora.gradient_checkpointing import (
     never_called,
     recomputed_blocks,
 )
-from lightning_lora.guards import check_still_frozen, check_trainer, explain, warn_of_eval_mode, warn_of_idle
+from lightning_lora.guards import (
+    check_still_frozen,
+    check_trainer,
+    explain,
+    warn_of_eval_mode,
+    warn_of_idle,
+    warn_of_slow_precision,
+)
 from lightning_lora.hooks import patch_checkpoints, patch_run, unpatch_run
 from lightning_lora.injection import extend_adapters
 from lightning_lora.layers import adapted_layers
@@ -172,6 +179,7 @@ class LoRACallback(pl.Callback):
         for adapter in adapters.values():
             adapter.train()
         warn_of_eval_mode(pl_module)
+        warn_of_slow_precision(trainer, pl_module)
         self._waiting = {
             id(parameter): f"{name}.{key}"
             for name, adapter in adapters.items()

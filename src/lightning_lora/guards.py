@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -14,6 +15,7 @@ from lightning_lora.adapter import Adapter
 from lightning_lora.averaging import AVERAGING
 from lightning_lora.errors import UnsupportedSetupError
 from lightning_lora.fingerprint import base_fingerprint, describe_difference
+from lightning_lora.fused import is_emulated
 from lightning_lora.lightning_names import is_a
 from lightning_lora.quantized_layer import QuantizedLayer
 from lightning_lora.record import Record, find_record
@@ -139,6 +141,20 @@ def warn_of_eval_mode(module: nn.Module) -> None:
             f"{len(silent)} dropout layers of the base are in eval mode and do nothing in training, such as "
             f"{silent[0]!r} (from_pretrained returns a model in eval mode, and Lightning keeps it). Call .train() on "
             "the model in your LightningModule's __init__ if you want its dropout; the adapters' own dropout acts."
+        )
+
+
+def warn_of_slow_precision(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Warn of 16 bits on a CPU that has no instructions for them: fp32 takes a part of the time."""
+    if trainer.strategy.root_device.type != "cpu":
+        return
+    kinds = {"bf16": torch.bfloat16, "16": torch.float16}
+    dtypes = {kinds.get(str(trainer.precision).split("-")[0]), *(p.dtype for p in module.parameters())}
+    for dtype in dtypes & {kind for kind in kinds.values() if is_emulated(kind)}:
+        name = str(dtype).removeprefix("torch.")
+        rank_zero_warn(
+            f"This CPU has no instructions for {name}, which torch computes value by value: a step takes several times "
+            'as long as in float32. Where there is memory for it, use precision="32-true" and a module in float32.'
         )
 
 

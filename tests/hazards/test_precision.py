@@ -5,6 +5,7 @@ There is no 16-mixed on the CPU: Lightning runs bf16-mixed in its place, and say
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_lora import UnsupportedSetupError, load_from_checkpoint
+from lightning_lora import UnsupportedSetupError, guards, load_from_checkpoint
 from tests.conftest import TinyModule, make_loader
 from tests.hazards.runs import fit, is_adapter_only, lora, metric, trained
 from tests.states import adapters_of, base_of, read, same
@@ -176,3 +177,33 @@ def test_the_bitsandbytes_precision_plugin_is_refused(make_trainer: Any) -> None
     trainer.strategy._precision_plugin = BitsandbytesPrecision("nf4")
     with pytest.raises(UnsupportedSetupError, match="quantizes every linear layer after the injection"):
         check_trainer(trainer, callback, kind=LoRACallback, merges=False)
+
+
+EMULATED = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-true": "float16"}
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_a_cpu_that_computes_16_bits_value_by_value_is_warned_of(
+    make_trainer: Any, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guards, "is_emulated", lambda dtype: True)
+    named = EMULATED.get(precision)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(make_trainer(max_epochs=1, precision=precision, callbacks=[lora()]), Casting())
+    found = [str(each.message) for each in caught if "no instructions for" in str(each.message)]
+    assert len(found) == (named is not None)
+    assert all(f"for {named}, " in text and "32-true" in text for text in found)
+
+
+def test_a_base_in_16_bits_is_warned_of_under_any_precision_and_a_cpu_that_has_them_is_not(
+    make_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Casting().to(torch.bfloat16)
+    monkeypatch.setattr(guards, "is_emulated", lambda dtype: False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="This CPU has no instructions")
+        fit(make_trainer(max_epochs=1, callbacks=[lora()]), module)
+    monkeypatch.setattr(guards, "is_emulated", lambda dtype: dtype == torch.bfloat16)
+    with pytest.warns(UserWarning, match="no instructions for bfloat16"):
+        fit(make_trainer(max_epochs=1, callbacks=[lora()]), Casting().to(torch.bfloat16))
