@@ -125,3 +125,22 @@ def test_state_dict_keys_are_those_of_the_original(layer: nn.Module) -> None:
     keys = list(layer.state_dict())
     swap_class(layer, Louder)
     assert list(layer.state_dict()) == keys
+
+
+class Halved:
+    """Somebody else's mixin, put in front of a swapped class."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 0.5 * super().forward(*args, **kwargs)  # type: ignore[misc,no-any-return]
+
+
+def test_a_class_derived_from_a_swapped_one_copies_and_is_left_derived_from_the_original(layer: nn.Module) -> None:
+    own, x = type(layer), torch.randn(2, 3)
+    before = layer(x)
+    swap_class(layer, Louder)
+    layer.__class__ = type("Mixed", (Halved, type(layer)), {})
+    assert original_class(layer) is own
+    assert torch.equal(copy.deepcopy(layer)(x), 0.5 * (10 * before))
+    restore_class(layer)
+    assert type(layer).__bases__ == (Halved, own) and type(layer).__name__ == "Mixed"
+    assert torch.equal(layer(x), 0.5 * before)

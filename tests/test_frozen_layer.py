@@ -28,7 +28,7 @@ from lightning_lora.fused import draw as draws
 from lightning_lora.layers import AdaptedLayer
 
 WIDTH = 32
-CONFIG = LoRAConfig(rank=2, target_modules=["1"])
+CONFIG = LoRAConfig(rank=2, target_modules=["1", "3"])
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -41,14 +41,15 @@ def emulated(monkeypatch):
 
 def plain(dtype=torch.float32, **settings):
     torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, **settings) for _ in range(4))).to(dtype)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, **settings) for _ in range(5))).to(dtype)
 
 
 def adapted(dtype=torch.float32, **settings):
-    """The second of four layers has an adapter, which does something."""
+    """The second of five layers has an adapter, which does something, and so has the fourth."""
     net = plain(dtype, **settings)
     inject_adapters(net, CONFIG)
-    nn.init.normal_(net[1].adapter("default").lora_B)
+    for index in (1, 3):
+        nn.init.normal_(net[index].adapter("default").lora_B)
     return net
 
 
@@ -80,15 +81,15 @@ def casts_of_a_step(net):
     return casts.count
 
 
-def test_from_the_second_step_on_autocast_casts_no_weight_above_the_first_adapter():
+def test_from_the_second_step_on_autocast_casts_no_weight_between_the_adapters():
     net = adapted()
-    assert casts_of_a_step(net) == 4
-    assert [casts_of_a_step(net) for _ in range(3)] == [1, 1, 1]  # below it nothing is kept for a backward pass
+    assert casts_of_a_step(net) == 5
+    assert [casts_of_a_step(net) for _ in range(3)] == [2, 2, 2]  # of what is below them, and of what is behind
 
 
 def test_what_autocast_computes_is_the_same_to_the_last_bit():
     net, base = adapted(), plain()
-    net[1].active = ()
+    net[1].active = net[3].active = ()
     x, y = rows().requires_grad_(), rows().requires_grad_()
     for _ in range(2):
         ours, theirs = under_autocast(net, x), under_autocast(base, y)
@@ -102,7 +103,7 @@ def test_what_autocast_computes_is_the_same_to_the_last_bit():
 def test_copies_are_dropped_and_made_anew_and_no_file_holds_them():
     net = adapted()
     under_autocast(net)
-    assert [getattr(layer.cast_copy, "kept", None) is not None for layer in net] == [False, True, True, True]
+    assert [getattr(layer.cast_copy, "kept", None) is not None for layer in net] == [False, True, True, True, False]
     size = len(pickle.dumps(net))
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert twin[2].cast_copy.kept is None
@@ -184,12 +185,12 @@ def test_a_recomputed_layer_gives_the_same_gradients_to_the_last_bit(reentrant):
 def test_what_is_unfrozen_later_gets_its_gradient(name):
     for dtype, run in ((torch.bfloat16, lambda net, x: net(x)), (torch.float32, under_autocast)):
         net, base = adapted(dtype), plain(dtype)
-        for layer in (net[3], base[3]):
+        for layer in (net[2], base[2]):
             layer.get_parameter(name).requires_grad_()
         hidden = rows(dtype)
-        run(net[3], hidden.clone().requires_grad_()).float().square().sum().backward()
-        run(base[3], hidden.clone().requires_grad_()).float().square().sum().backward()
-        assert torch.equal(net[3].get_parameter(name).grad, base[3].get_parameter(name).grad)
+        run(net[2], hidden.clone().requires_grad_()).float().square().sum().backward()
+        run(base[2], hidden.clone().requires_grad_()).float().square().sum().backward()
+        assert torch.equal(net[2].get_parameter(name).grad, base[2].get_parameter(name).grad)
 
 
 class Own(nn.Linear):
@@ -232,22 +233,22 @@ def test_a_module_that_is_left_is_what_it_was(leave):
     net = adapted()
     under_autocast(net)
     leave(net)
-    assert all(type(layer) is nn.Linear and "cast_copy" not in vars(layer) for layer in net)
+    assert all(type(layer) is nn.Linear and not {"cast_copy", "keeps_cast"} & vars(layer).keys() for layer in net)
 
 
 def test_it_is_there_again_after_an_unmerge():
     net = adapted()
     merge_adapters(net)
     unmerge_adapters(net)
-    assert [isinstance(layer, FrozenLayer) for layer in net] == [True] * 4
-    assert [isinstance(layer, AdaptedLayer) for layer in net] == [False, True, False, False]
+    assert [isinstance(layer, FrozenLayer) for layer in net] == [True] * 5
+    assert [isinstance(layer, AdaptedLayer) for layer in net] == [False, True, False, True, False]
 
 
 def test_a_second_adapter_finds_frozen_layers_as_it_finds_plain_ones():
     net = adapted()
     inject_adapters(net, LoRAConfig(rank=2, target_modules=["2"]), name="other")
     assert [type(layer).__name__ for layer in net] == [
-        "FrozenLinear", "AdaptedLinear", "AdaptedLinear", "FrozenLinear",
+        "FrozenLinear", "AdaptedLinear", "AdaptedLinear", "AdaptedLinear", "FrozenLinear",
     ]  # fmt: skip
     remove_adapters(net)
     assert all(type(layer) is nn.Linear for layer in net)
@@ -275,7 +276,135 @@ def test_a_parametrization_of_a_layer_works_before_and_after_the_adapters_are_go
 
 def test_it_compiles_without_a_graph_break_and_computes_the_same():
     net = adapted()
-    net[1].active = ()  # which is compiled in another form
+    net[1].active = net[3].active = ()  # which is compiled in another form
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     x = rows().requires_grad_()
     assert torch.equal(under_autocast(compiled, x), under_autocast(net, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapts_all", [True, False], ids=["all adapted", "some adapted"])
+def test_a_base_of_any_precision_compiles_without_a_graph_break(dtype, adapts_all):
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(dtype)
+    inject_adapters(net, LoRAConfig(rank=2, target_modules="all-linear" if adapts_all else ["0"]))
+    x = torch.randn(20, 8).to(dtype).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), net(x))
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_shapes_can_be_inferred_without_values(device):
+    net = adapted().to(device)
+    assert net(torch.empty(2, WIDTH, device=device)).shape == (2, WIDTH)
+
+
+@pytest.mark.parametrize("shape", [(20, WIDTH), (2, 10, WIDTH)], ids=str)
+@pytest.mark.usefixtures("emulated")
+def test_what_comes_behind_may_change_the_output_in_place(shape):
+    net, base = adapted(torch.bfloat16), plain(torch.bfloat16)
+    x, y = (torch.ones(shape, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    net[2](x).relu_().float().sum().backward()
+    base[2](y).relu_().float().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+class Shift(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, bias):
+        return bias + self.by.to(bias)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_bias_that_is_computed_gets_its_gradient():
+    for dtype, run in ((torch.bfloat16, lambda net, x: net(x)), (torch.float32, under_autocast)):
+        net = adapted(dtype)
+        nn.utils.parametrize.register_parametrization(net[2], "bias", Shift())
+        run(net, rows(dtype)).float().sum().backward()
+        assert net[2].parametrizations.bias[0].by.grad.any()
+
+
+def test_a_product_in_fp64_is_left_to_the_layer_as_autocast_leaves_it():
+    net, base = adapted(), plain()
+    x = rows().double().requires_grad_()
+    for layer in (net[2], base[2]):
+        with pytest.raises(RuntimeError, match="dtype"):
+            under_autocast(layer, x)
+    assert net[2].cast_copy is None
+
+
+def test_an_input_of_another_dtype_is_refused_as_the_layer_refuses_it(monkeypatch):
+    monkeypatch.setattr(frozen_layer, "is_emulated", lambda dtype: True)
+    monkeypatch.setattr(frozens, "is_emulated", lambda dtype: True)
+    with pytest.raises(RuntimeError, match="dtype"):
+        adapted(torch.bfloat16)[2](rows().requires_grad_())
+
+
+class Codes(torch.Tensor):
+    """As of another package that stores weights in a form of its own."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return torch.nn.functional.linear(*(a.as_subclass(torch.Tensor) for a in args))
+        if function in (torch.Tensor.to, torch.Tensor.detach):
+            raise NotImplementedError(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_weight_of_a_class_with_products_of_its_own_is_left_to_them():
+    net = adapted()
+    weight = net[2].weight.detach().as_subclass(Codes)
+    del net[2].weight
+    net[2]._parameters["weight"] = weight
+    assert under_autocast(net[2], rows().requires_grad_()).shape == (20, WIDTH)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_lazy_parametrized_and_empty_layers_are_left_alone():
+    lazy = nn.LazyLinear(8)
+    lazy.load_state_dict(nn.Linear(8, 8).state_dict())
+    other = nn.Linear(8, 8)
+    nn.utils.parametrize.register_parametrization(other, "bias", nn.Identity())
+    net = nn.Sequential(nn.Linear(8, 8), other, lazy, nn.Linear(8, 0))
+    inject_adapters(net, LoRAConfig(rank=2, target_modules=["0"]))
+    assert not any(isinstance(layer, FrozenLayer) for layer in net[1:])
+    assert net(torch.ones(2, 3, 8)).shape == (2, 3, 0)
+    nn.utils.parametrize.remove_parametrizations(other, "bias")
+
+
+def test_layers_quantized_later_hold_no_cast_and_trained_adapters_stay():
+    net, quantization = nn.Sequential(nn.Linear(64, 64)), QuantizationConfig()
+    config = LoRAConfig(rank=2, target_modules=["0", "1", "3"])
+    inject_adapters(net, LoRAConfig(rank=2, target_modules=["0"]), quantization=quantization)
+    remove_adapters(net)
+    net.extend(nn.Linear(64, 64) for _ in range(3))
+    inject_adapters(net, config)
+    nn.init.normal_(net[1].adapter("default").lora_B)
+    x = torch.ones(1, 64)
+    under_autocast(net, x).float().sum().backward()
+    assert net[2].cast_copy.kept is not None
+    trained = net[1].adapter("default").lora_B.clone()
+    inject_adapters(net, config, quantization=quantization)
+    assert torch.equal(net[1].adapter("default").lora_B, trained)
+    assert [type(layer).__name__ for layer in net[1:]] == ["AdaptedLinear", "QuantizedLinear4bit", "AdaptedLinear"]
+    assert not {"cast_copy", "keeps_cast"} & vars(net[2]).keys()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_head_behind_the_adapters_keeps_no_cast(recompute):
+    net = adapted()
+
+    def blocks(x):
+        return net[:4](x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        x = rows().requires_grad_()
+        hidden = checkpoint(blocks, x, use_reentrant=False) if recompute else blocks(x)
+        net[4](hidden).float().sum().backward()
+    assert net[4].cast_copy is None
+    assert (net[2].cast_copy.kept is None) == recompute

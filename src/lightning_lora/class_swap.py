@@ -6,7 +6,7 @@ old class stays true. Knows nothing of adapters.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -21,6 +21,8 @@ class SwappedClass(nn.Module):
     class_prefix = ""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        if type(self) not in _PARENTS:  # derived since the swap
+            return cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         # A class built at run time can't be found by its name: unpickling builds it again from its two parents.
         mixin, original = swapped_parents(type(self))
         state = super().__reduce_ex__(protocol)[2]
@@ -72,6 +74,8 @@ def restore_class(module: nn.Module) -> None:
 def _without_mixin(cls: type[nn.Module]) -> type[nn.Module]:
     if cls in _PARENTS:
         return _PARENTS[cls][1]
+    if _PARENTS.keys().isdisjoint(cls.__mro__):
+        return cls
     own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
     return type(cls.__name__, tuple(map(_without_mixin, cls.__bases__)), own)
 

@@ -8,10 +8,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import override
 
 from lightning_lora.class_swap import SwappedClass, restore_class, swap_class
-from lightning_lora.frozen_layer import FrozenLayer, is_linear
+from lightning_lora.frozen_layer import FrozenLayer, is_linear, leave_frozen
 from lightning_lora.fused import is_emulated
 from lightning_lora.layers import AdaptedLayer
 from lightning_lora.quantized_layer import QuantizedLayer
@@ -85,6 +87,7 @@ def keep_base_as_is(root: nn.Module, *, saved: Collection[str] = ()) -> list[str
             swap_class(child, WithoutFastPath)
         elif _gains(child):
             swap_class(child, FrozenLayer)
+    _choose_kept_casts(root)
     return kept
 
 
@@ -98,9 +101,8 @@ def release_base(root: nn.Module) -> None:
             restore_class(child)
         elif isinstance(child, WithoutFastPath):
             restore_class(child)
-        elif isinstance(child, FrozenLayer) and not isinstance(child, AdaptedLayer):
-            child.__dict__.pop("cast_copy", None)
-            restore_class(child)
+        else:
+            leave_frozen(child)
 
 
 def _tracks_statistics(module: nn.Module) -> bool:
@@ -109,11 +111,25 @@ def _tracks_statistics(module: nn.Module) -> bool:
 
 def _gains(module: nn.Module) -> bool:
     """Whether this is a frozen linear layer whose weight autocast would cast, or whose products this CPU can't take."""
-    if isinstance(module, SwappedClass) or not is_linear(type(module)):
+    if isinstance(module, SwappedClass | LazyModuleMixin) or not is_linear(type(module)) or is_parametrized(module):
         return False
     weight = module._parameters.get("weight")
     frozen = not any(parameter is not None and parameter.requires_grad for parameter in module.parameters())
-    return frozen and type(weight) is nn.Parameter and (weight.dtype == torch.float32 or is_emulated(weight.dtype))
+    if not frozen or weight is None or not weight.numel():
+        return False
+    return weight.dtype == torch.float32 or is_emulated(weight.dtype)
+
+
+def _choose_kept_casts(root: nn.Module) -> None:
+    """No cast is kept of what comes behind the last adapter, as a head does.
+
+    A step needs that for a moment between its two passes: kept, it would be there while blocks are recomputed.
+    """
+    layers = [child for child in root.modules() if isinstance(child, FrozenLayer)]
+    adapted = [index for index, layer in enumerate(layers) if isinstance(layer, AdaptedLayer)]
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, AdaptedLayer):
+            layer.keeps_cast = bool(adapted) and index < adapted[-1]
 
 
 def _holders(root: nn.Module) -> dict[nn.Module, nn.Module]:

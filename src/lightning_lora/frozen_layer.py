@@ -12,42 +12,45 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.class_swap import SwappedClass, original_class
-from lightning_lora.fused import CastCopy, frozen_linear, is_eager, is_emulated, product_dtype
+from lightning_lora.class_swap import SwappedClass, original_class, restore_class, swapped_parents
+from lightning_lora.fused import CastCopy, frozen_linear, is_dry_run, is_eager, is_emulated, product_dtype
+from lightning_lora.fused.products import PLAIN_TENSORS
 
 
 class FrozenLayer(SwappedClass):
     """Mixin of a frozen layer; its outputs are those of its own class, to the last bit.
 
     Attributes:
-        cast_copy: Keeps the weight in autocast's dtype, once autocast has acted.
+        keeps_cast: Whether the weight in autocast's dtype may be kept from step to step.
+        cast_copy: Keeps it, once autocast has acted.
     """
 
     class_prefix = "Frozen"
     weight: Tensor
+    keeps_cast: bool = True
     cast_copy: CastCopy | None = None
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        weight: Tensor | None = self._parameters.get("weight")  # None where it is computed anew in each pass
-        is_one = len(args) == 1 and not kwargs
-        if is_one and weight is not None and _costs_more(weight) and self._hands_on_a_gradient(args[0]):
-            dtype = product_dtype(args[0])
-            if weight.dtype != dtype and torch.is_autocast_enabled(weight.device.type):
-                weight = self.cast_of(weight, dtype)
-            if weight.dtype == dtype:
-                return frozen_linear(args[0], weight, cast("Tensor | None", self.bias))
+        if len(args) == 1 and not kwargs and is_eager(args[0]) and self._hands_on_a_gradient(args[0]):
+            input, weight = args[0], self.weight
+            dtype = product_dtype(input)
+            if weight.dtype != dtype and _is_cast(weight, input):
+                weight = self.cast_of(weight, dtype) if self.keeps_cast else weight.to(dtype)
+            return frozen_linear(input, weight, cast("Tensor | None", self.bias))
         output: Tensor = super().forward(*args, **kwargs)
         return output
 
-    def _hands_on_a_gradient(self, input: object) -> bool:
-        """Whether this computes as ``nn.Linear`` does, and there is something below it that trains."""
-        return (
-            is_eager(input)
-            and input.requires_grad
-            and is_linear(original_class(self))
-            and not any(own is not None and own.requires_grad for own in self._parameters.values())
-        )
+    def _hands_on_a_gradient(self, input: Tensor) -> bool:
+        """Whether something below this layer trains and it does not, and it costs more than it has to."""
+        weight = self._parameters.get("weight")  # None where it is computed anew in each pass
+        if weight is None or not input.requires_grad or weight.requires_grad:
+            return False
+        if not _is_cast(weight, input) and not (input.is_cpu and is_emulated(weight.dtype)):
+            return False
+        bias = cast("Tensor | None", self.bias)
+        is_plain = type(weight) in PLAIN_TENSORS or is_dry_run()  # other tensors have products of their own
+        return is_plain and is_linear(original_class(self)) and not (bias is not None and bias.requires_grad)
 
     def cast_of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight of this layer in another dtype, from a copy where one may be kept."""
@@ -61,11 +64,20 @@ class FrozenLayer(SwappedClass):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
-def _costs_more(weight: Tensor) -> bool:
-    """Whether autocast would cast this weight, or the CPU takes its products value by value."""
-    if weight.dtype == torch.float32:
-        return torch.is_autocast_enabled(weight.device.type)
-    return weight.is_cpu and is_emulated(weight.dtype)
+def _is_cast(weight: Tensor, input: Tensor) -> bool:
+    """Whether autocast casts this weight for a product with this input; fp64 it leaves alone."""
+    kind = input.device.type
+    if weight.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return False
+    return product_dtype(input) == torch.get_autocast_dtype(kind)
+
+
+def leave_frozen(layer: nn.Module) -> None:
+    """Give a frozen layer without adapters its own class back; any other one stays as it is."""
+    if isinstance(layer, FrozenLayer) and swapped_parents(type(layer))[0] is FrozenLayer:
+        for key in ("cast_copy", "keeps_cast"):
+            layer.__dict__.pop(key, None)
+        restore_class(layer)
 
 
 def is_linear(cls: type[nn.Module]) -> bool:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_lora.adapter import ALL_ROWS, Adapter
 from lightning_lora.class_swap import original_class, restore_class, swap_class
-from lightning_lora.frozen_layer import FrozenLayer, definer_of
+from lightning_lora.frozen_layer import FrozenLayer, definer_of, leave_frozen
 from lightning_lora.fused import Frozen, may_fuse, product_dtype, siblings
 from lightning_lora.quantized_layer import QuantizedLayer
 
@@ -268,8 +268,7 @@ def attach_adapter(layer: nn.Module, name: str) -> AdaptedLayer:
     if not isinstance(layer, AdaptedLayer):
         host = host_of(layer)
         assert host is not None, type(layer)
-        if isinstance(layer, FrozenLayer):
-            restore_class(layer)
+        leave_frozen(layer)
         swap_class(layer, host)
         layer = cast(AdaptedLayer, layer)
         layer.adapters = nn.ModuleDict()

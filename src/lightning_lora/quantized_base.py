@@ -13,6 +13,8 @@ from lightning_lora.class_swap import original_class
 from lightning_lora.config import AdapterConfig
 from lightning_lora.errors import QuantizationError, TargetNotFoundError
 from lightning_lora.fresh import is_pretrained_model
+from lightning_lora.frozen_layer import leave_frozen
+from lightning_lora.layers import AdaptedLayer
 from lightning_lora.quantization.config import QuantizationConfig
 from lightning_lora.quantization.conversion import quantize_layer, quantize_layers, require_bitsandbytes
 from lightning_lora.quantized_layer import QuantizedLayer
@@ -68,6 +70,8 @@ def quantize_base(
             f"No linear layer of {type(module).__name__} can be stored as {quantization.quant_type}: "
             + ("; ".join(f"{name!r}: {why}" for name, why in list(selection.skipped.items())[:3]) or "it has none")
         )
+    for name in names:
+        leave_frozen(module.get_submodule(name))
     for weight in [module.get_submodule(name).weight for name in names if rounded_to is not None]:
         weight.data = weight.data.to(rounded_to)
     if files is not None:
@@ -162,12 +166,16 @@ def layers_to_quantize(
         layer = module.get_submodule(target.name)
         if target.name in wide:
             selection.skipped[target.name] = "transformers keeps it in fp32"
-        elif original_class(layer) is nn.Linear and layer.get_parameter("weight").numel():
+        elif _is_plain(layer) and layer.get_parameter("weight").numel():
             kept.append(target)
         elif not isinstance(layer, QuantizedLayer):
             selection.skipped[target.name] = f"{type(layer).__name__} is no plain nn.Linear"
     selection.targets = kept
     return selection
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return original_class(layer) is nn.Linear and not isinstance(layer, AdaptedLayer)
 
 
 def _kept_wide(module: nn.Module) -> set[str]:

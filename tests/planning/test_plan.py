@@ -19,6 +19,7 @@ from transformers import BatchEncoding
 
 from lightning_lora import LoRAConfig, QuantizationConfig, inject_adapters
 from lightning_lora.errors import UnsupportedSetupError
+from lightning_lora.frozen_layer import FrozenLayer
 from lightning_lora.fused import draw as draws
 from lightning_lora.gradient_checkpointing import GradientCheckpointingConfig, enable_gradient_checkpointing
 from lightning_lora.planning import TokenBatch, plan_memory
@@ -48,11 +49,12 @@ def on_meta(build):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-def test_a_step_takes_what_the_allocator_of_a_real_run_says(precision, recompute, monkeypatch):
+@pytest.mark.parametrize("config", [LORA, LoRAConfig(rank=4, target_modules=["q_proj", "v_proj"])], ids=["all", "q+v"])
+def test_a_step_takes_what_the_allocator_of_a_real_run_says(config, precision, recompute, monkeypatch):
     monkeypatch.setattr(draws, "is_emulated", lambda dtype: False)  # its blocks in fp32 are of this CPU alone
-    plan = plan_memory(on_meta(llama), LORA, batch=(4, 64), precision=precision, gradient_checkpointing=recompute)
+    plan = plan_memory(on_meta(llama), config, batch=(4, 64), precision=precision, gradient_checkpointing=recompute)
     module = llama().to(torch.bfloat16) if precision == "bf16-true" else llama()
-    inject_adapters(module, LORA)
+    inject_adapters(module, config)
     if recompute:
         enable_gradient_checkpointing(module)
     ids = tokens(4, 64)
@@ -62,6 +64,8 @@ def test_a_step_takes_what_the_allocator_of_a_real_run_says(precision, recompute
             return module(input_ids=ids, labels=ids).loss
 
     assert step_of(plan) == pytest.approx(step_bytes(module, loss), rel=0.05)
+    casts = [child.cast_copy for child in module.modules() if isinstance(child, FrozenLayer) and child.cast_copy]
+    assert plan.step.casts == sum(copy.kept.nbytes for copy in casts if copy.kept is not None)
 
 
 @pytest.mark.parametrize("quantization", FORMATS, ids=lambda config: f"{config.quant_type}{config.double_quant}")

@@ -2,7 +2,7 @@
 
 from lightning_lora.fused.cast_copy import CastCopy
 from lightning_lora.fused.conditions import is_eager, may_fuse, product_dtype
-from lightning_lora.fused.draw import KERNELS, prepare_kernels
+from lightning_lora.fused.draw import KERNELS, is_dry_run, prepare_kernels
 from lightning_lora.fused.frozen import frozen_linear
 from lightning_lora.fused.joint import Joint, follow, lead
 from lightning_lora.fused.linear import Frozen, lora_linear
@@ -15,6 +15,7 @@ __all__ = [
     "Joint",
     "follow",
     "frozen_linear",
+    "is_dry_run",
     "is_eager",
     "is_emulated",
     "lead",

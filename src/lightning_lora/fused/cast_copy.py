@@ -3,8 +3,8 @@
 Autocast keeps the casts of leaves that require gradients alone
 (https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/autocast_mode.cpp, ``cached_cast``), so a frozen fp32
 weight is cast in every pass. The forward pass of a training step without recomputation holds the casts of all layers
-when it ends anyway, so a step of one forward and one backward pass has the same peak with copies that stay. Where
-activations are recomputed or moved away to save memory, no copy is made.
+when it ends anyway, so a step of one forward and one backward pass has the same peak with copies that stay. Of a layer
+whose activations are recomputed or moved away to save memory, no copy is made.
 """
 
 from __future__ import annotations

@@ -63,7 +63,12 @@ def products_of(like: Tensor) -> Products:
 
 
 def _is_on_this_cpu(like: Tensor) -> bool:
-    return like.device.type == "cpu" and _FIXED.get() is None  # a plan of memory is for any device
+    return like.device.type == "cpu" and not is_dry_run()  # a plan of memory is for any device
+
+
+def is_dry_run() -> bool:
+    """Whether tensors have no values now, see :func:`fixed_seed`."""
+    return _FIXED.get() is not None
 
 
 def prepare_kernels(kernels: str, device: torch.device) -> None:

@@ -36,7 +36,8 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, products: Products) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.products, ctx.shape = products, input.shape
-        return F.linear(input, weight, bias)
+        # Of three dimensions it is a view, which a node's output may not be: in-place operations on it are refused.
+        return F.linear(input, weight, bias).detach()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
