@@ -71,13 +71,20 @@ def fold_and_measure(
     norms: list[Tensor] = []
     stored = _like(base, dtype)
     for rows in _blocks(base):
-        weight, update = _fold_rows(adapters, base, rows, stored)
-        if instead is not None:
-            stored[rows] = instead[rows]
-        # The difference of two close floating-point numbers is exact (Sterbenz), so fp32 shows the rounding of fp32.
-        error = (stored[rows].to(weight.dtype) - weight).sub_(update)
-        norms += [torch.linalg.vector_norm(values) for values in (weight, update, error)]
+        norms += _measured_rows(adapters, base, rows, stored, instead)
     return Folded(stored, *_joined(norms))
+
+
+def _measured_rows(
+    adapters: Sequence[Adapter], base: Tensor, rows: slice, stored: Tensor, instead: Tensor | None
+) -> list[Tensor]:
+    """Write some rows of ``stored``, and return the three norms of them."""
+    weight, update = _fold_rows(adapters, base, rows, stored)
+    if instead is not None:
+        stored[rows] = instead[rows]
+    # The difference of two close floating-point numbers is exact (Sterbenz), so fp32 shows the rounding of fp32.
+    error = (stored[rows].to(weight.dtype) - weight).sub_(update)
+    return [torch.linalg.vector_norm(values) for values in (weight, update, error)]
 
 
 def _like(base: Tensor, dtype: torch.dtype) -> Tensor:
