@@ -114,7 +114,7 @@ def _gains(module: nn.Module) -> bool:
     if isinstance(module, SwappedClass | LazyModuleMixin) or not is_linear(type(module)) or is_parametrized(module):
         return False
     weight = module._parameters.get("weight")
-    frozen = not any(parameter is not None and parameter.requires_grad for parameter in module.parameters())
+    frozen = not any(parameter.requires_grad for parameter in module.parameters())
     if not frozen or weight is None or not weight.numel():
         return False
     return weight.dtype == torch.float32 or is_emulated(weight.dtype)
@@ -126,10 +126,10 @@ def _choose_kept_casts(root: nn.Module) -> None:
     A step needs that for a moment between its two passes: kept, it would be there while blocks are recomputed.
     """
     layers = [child for child in root.modules() if isinstance(child, FrozenLayer)]
-    adapted = [index for index, layer in enumerate(layers) if isinstance(layer, AdaptedLayer)]
+    last = max((index for index, layer in enumerate(layers) if isinstance(layer, AdaptedLayer)), default=-1)
     for index, layer in enumerate(layers):
         if not isinstance(layer, AdaptedLayer):
-            layer.keeps_cast = bool(adapted) and index < adapted[-1]
+            layer.keeps_cast = index < last
 
 
 def _holders(root: nn.Module) -> dict[nn.Module, nn.Module]:

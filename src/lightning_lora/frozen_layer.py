@@ -34,8 +34,8 @@ class FrozenLayer(SwappedClass):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and not kwargs and is_eager(args[0]) and self._hands_on_a_gradient(args[0]):
             input, weight = args[0], self.weight
-            dtype = product_dtype(input)
-            if weight.dtype != dtype and _is_cast(weight, input):
+            if weight.dtype == torch.float32:  # which costs more only where autocast casts it
+                dtype = product_dtype(input)
                 weight = self.cast_of(weight, dtype) if self.keeps_cast else weight.to(dtype)
             return frozen_linear(input, weight, cast("Tensor | None", self.bias))
         output: Tensor = super().forward(*args, **kwargs)
